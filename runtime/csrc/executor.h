@@ -1,0 +1,93 @@
+// What the serving loop asks of a device. One implementation per file: cpu_executor.cpp, null_executor.cpp.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "call.h"
+#include "step.h"
+
+namespace enginery {
+
+// A group of layers that keep the same kind of state (DESIGN section 5).
+struct StateGroupSpec {
+    std::string name;
+    std::string kind;            // "full" or "window"
+    int32_t window = 0;          // a token sees itself and window - 1 before it; 0 for "full"
+    int32_t num_layers = 0;
+    int32_t block_size = 0;      // tokens
+    int64_t block_bytes = 0;     // one contiguous range over all layers of the group, per rank
+    int32_t num_kv_heads = 0;    // of this rank
+    int32_t head_dim = 0;
+    std::string dtype;           // "f32", "bf16" or "i8"
+};
+
+struct WeightSpec {
+    std::string name;
+    std::string layout;
+    int64_t offset = 0;  // bytes from the start of the file
+    int64_t bytes = 0;
+};
+
+struct BufferSpec {
+    std::string name;
+    int64_t bytes = 0;      // with every variable at its largest
+    int64_t offset = 0;     // within the arena; buffers that never live together share bytes
+    bool per_thread = false;  // every thread has its own
+};
+
+// What one rank executes.
+struct RankSpec {
+    std::string weights_path;
+    int64_t weights_file_bytes = 0;
+    std::vector<WeightSpec> weights;
+    std::vector<BufferSpec> buffers;
+    int64_t arena_bytes = 0;
+    std::vector<CallSpec> forward;
+    int32_t logits_buffer = -1;  // rank 0: [rows, logits_stride] f32
+    int64_t logits_stride = 0;   // elements
+};
+
+struct ExecutorSpec {
+    std::string isa;  // "avx2", "avx2-vnni", "avx512", "avx512-vnni"
+    std::vector<RankSpec> ranks;
+    std::vector<StateGroupSpec> groups;
+    std::vector<int32_t> num_blocks;  // per group
+    int32_t vocab_size = 0;
+    int32_t num_threads = 0;
+    int32_t max_tokens = 0;     // of one step
+    int32_t max_rows = 0;
+    int32_t max_sequences = 0;
+};
+
+class Executor {
+  public:
+    virtual ~Executor() = default;
+
+    // Starts a step. Its arrays stay valid until collect() returns.
+    virtual void launch(const Step& step) = 0;
+
+    // Waits for the step started last; then logits(row) may be read until the next launch.
+    virtual void collect() = 0;
+
+    // [vocab_size] f32 of row `row` of the step collected last. The caller may change them (penalties).
+    virtual float* logits(int32_t row) = 0;
+
+    // Runs fn(0) .. fn(count - 1), each once, on the device's host threads; returns when all are done.
+    virtual void parallel_for(int32_t count, const std::function<void(int32_t)>& fn) = 0;
+
+    // Bytes by purpose, for /metrics: "weights", "activations", "state", ...
+    virtual std::map<std::string, int64_t> memory() const = 0;
+};
+
+std::unique_ptr<Executor> make_cpu_executor(const ExecutorSpec& spec);
+
+// Keeps in each slot a hash of the tokens it can see through the block tables, and derives logits from it:
+// a wrong table, slot or position changes the tokens that come out.
+std::unique_ptr<Executor> make_null_executor(const ExecutorSpec& spec);
+
+}  // namespace enginery
