@@ -1,0 +1,1 @@
+"""The compiler: checkpoint -> graph -> passes -> lowering -> engine."""

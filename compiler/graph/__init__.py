@@ -1,0 +1,1 @@
+"""The graph: ONNX in memory, its builder, its evaluator, its verifier."""

@@ -1,0 +1,1 @@
+"""Lowering: from the fused graph to the plan and the weights of each rank."""

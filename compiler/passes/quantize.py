@@ -1,0 +1,64 @@
+"""Gives every product the precision that was asked for.
+
+Requires fused RmsNorm, Linear, Embedding and WriteKv nodes. Ensures that each Linear reads activations of the precision's type: from
+the norm before it, which then writes that type, or from a Quantize of its own; that weights are marked with their layout's precision;
+and that caches are marked with theirs. fp32 changes nothing but the marks.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ..graph.builder import DOMAIN, GraphBuilder, attribute, dimensions, make_node
+from ..graph.rewrite import is_ours, users
+from .options import Options
+
+_TYPES = {"f32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16, "int8": ir.DataType.INT8}
+
+
+def quantize(g: GraphBuilder, options: Options) -> None:
+    """See the module."""
+    activation = options.precision.activation
+    for node in list(g.graph):
+        if is_ours(node, "WriteKv"):
+            node.attributes["kv_dtype"] = ir.AttrString("kv_dtype", options.kv_dtype)
+        elif is_ours(node, "Linear"):
+            node.attributes["precision"] = ir.AttrString("precision", activation)
+            if activation != "f32":
+                _quantize_input(g.graph, node, activation)
+        elif is_ours(node, "Embedding"):
+            tied = any(is_ours(user, "Linear") for user in users(node.inputs[1])) if node.inputs[1] is not None else False
+            table = activation if tied else options.precision.row_layout.split("_")[1].split(".")[0]
+            node.attributes["precision"] = ir.AttrString("precision", table)
+
+
+def _quantize_input(graph: ir.Graph, linear: ir.Node, activation: str) -> None:
+    x = linear.inputs[0]
+    assert x is not None
+    source = x.producer()
+    if source is None or not is_ours(source, "Quantize"):
+        source = _quantized(graph, x, linear, activation)
+    linear.replace_input_with(0, source.outputs[0])
+    if activation == "int8":
+        linear.resize_inputs(5)
+        linear.replace_input_with(4, source.outputs[1])
+
+
+def _quantized(graph: ir.Graph, x: ir.Value, linear: ir.Node, activation: str) -> ir.Node:
+    """The node that quantizes `x`, made if there is none: a Quantize right behind the norm or in front of `linear`."""
+    found = next((user for user in users(x) if is_ours(user, "Quantize")), None)
+    if found is not None:
+        return found
+    outputs: list[tuple[list[int | str], ir.DataType]] = [(dimensions(x), _TYPES[activation])]
+    if activation == "int8":
+        outputs.append(([dimensions(x)[0]], ir.DataType.FLOAT))
+    producer = x.producer()
+    node = make_node("Quantize", [x], outputs, f"{x.name}.{activation}", DOMAIN, {"precision": activation})
+    if producer is not None and is_ours(producer, "RmsNorm"):
+        graph.insert_after(producer, node)
+    else:
+        graph.insert_before(linear, node)
+    return node
+
+
+__all__ = ["attribute", "quantize"]

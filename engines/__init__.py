@@ -1,0 +1,1 @@
+"""The treaty between compiler and runtime: what an engine is (FORMAT.md)."""

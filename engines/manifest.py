@@ -1,0 +1,233 @@
+"""manifest.json: what an engine is, and the size and sha256 of every other file in it. Written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import EngineFormatError
+from .fields import Fields, describe
+from .files import is_plain_name, read_bounded
+
+FORMAT = "enginery-engine"
+MANIFEST = "manifest.json"
+VERSIONS = {"manifest": 0, "plan": 0, "weights": 0, "kernels": 0}
+CHUNK_BYTES = 64 << 20
+LARGEST_MANIFEST_BYTES = 16 << 20
+ROLES = ("plan", "weights", "kernels", "config", "tokenizer", "template", "generation")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an engine. sha256: of the whole file; chunks: of each 64 MiB, weights only; rank: -1 for none."""
+
+    role: str
+    format: str
+    size: int
+    sha256: str
+    chunks: tuple[str, ...] = ()
+    rank: int = -1
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was compiled. source: as the user named it; revision: of a hub checkpoint, else empty."""
+
+    architecture: str
+    source: str
+    revision: str
+    vocab_size: int
+    max_model_len: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An engine at a glance. default_max_model_len: what `build-engine --max-model-len` chose."""
+
+    model: Model
+    target: str
+    precision: str
+    kv_cache_dtype: str
+    default_max_model_len: int
+    tensor_parallel_size: int
+    memory: dict[str, int]
+    files: dict[str, FileEntry]
+
+    def of_role(self, role: str, rank: int = -1) -> str | None:
+        """Name of the file with this role (and rank), or None."""
+        return next((name for name, file in self.files.items() if file.role == role and file.rank == rank), None)
+
+    def total_bytes(self) -> int:
+        """Size of the engine without its manifest."""
+        return sum(file.size for file in self.files.values())
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON, stable byte for byte."""
+    document = {
+        "format": FORMAT,
+        "versions": VERSIONS,
+        "model": asdict(manifest.model),
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "kv_cache_dtype": manifest.kv_cache_dtype,
+        "max_model_len": manifest.default_max_model_len,
+        "mesh": {
+            "tensor_parallel_size": manifest.tensor_parallel_size,
+            "ranks": [{"rank": rank, "tp": rank} for rank in range(manifest.tensor_parallel_size)],
+        },
+        "memory": manifest.memory,
+        "files": {name: _encode_file(file) for name, file in sorted(manifest.files.items())},
+    }
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _encode_file(file: FileEntry) -> dict[str, Any]:
+    entry: dict[str, Any] = {"role": file.role, "format": file.format}
+    if file.rank >= 0:
+        entry["rank"] = file.rank
+    entry |= {"size": file.size, "sha256": file.sha256}
+    if file.chunks:
+        entry["chunks"] = list(file.chunks)
+    return entry
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the engine at `directory`. Raises EngineFormatError."""
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise EngineFormatError(f"{directory}: {what}. Wanted an engine: a directory that build-engine has written.")
+    path = directory / MANIFEST
+    if not path.exists() and not path.is_symlink():
+        raise EngineFormatError(
+            f"{directory}: no {MANIFEST}, so this is no engine (or an interrupted build). "
+            f"Make one: build-engine MODEL -o {directory}"
+        )
+    data = read_bounded(path, "the manifest", LARGEST_MANIFEST_BYTES)
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise EngineFormatError(f"{path}: not JSON: {str(error)[:200]}. Copy or build the engine again.") from None
+    return _decode(Fields.of(document, MANIFEST))
+
+
+def _decode(top: Fields) -> Manifest:
+    if top.get("format") != FORMAT:
+        raise EngineFormatError(f"{MANIFEST}: field 'format' must be {FORMAT!r}, got {describe(top.get('format'))}.")
+    _check_versions(top.map("versions"))
+    top.only(
+        "format",
+        "versions",
+        "model",
+        "target",
+        "precision",
+        "kv_cache_dtype",
+        "max_model_len",
+        "mesh",
+        "memory",
+        "files",
+    )
+    model = top.map("model").only(*Model.__dataclass_fields__)
+    mesh = top.map("mesh").only("tensor_parallel_size", "ranks")
+    size = mesh.integer("tensor_parallel_size", 1, 1024)
+    ranks = mesh.items("ranks", lambda value, where: Fields.of(value, where).only("rank", "tp").integer("rank"))
+    if ranks != list(range(size)):
+        raise EngineFormatError(f"{MANIFEST}.mesh: {size} ranks are announced, but {describe(ranks)} listed.")
+    memory = top.map("memory")
+    files = top.map("files")
+    manifest = Manifest(
+        model=Model(
+            architecture=model.text("architecture"),
+            source=model.text("source"),
+            revision=model.text("revision"),
+            vocab_size=model.integer("vocab_size", 1, 1 << 24),
+            max_model_len=model.integer("max_model_len", 1, 1 << 31),
+            num_parameters=model.integer("num_parameters"),
+        ),
+        target=top.text("target"),
+        precision=top.text("precision"),
+        kv_cache_dtype=top.text("kv_cache_dtype"),
+        default_max_model_len=top.integer("max_model_len", 1, 1 << 31),
+        tensor_parallel_size=size,
+        memory={key: memory.integer(key) for key in memory.values},
+        files={name: _decode_file(files, name) for name in files.values},
+    )
+    missing = [
+        f"{role} of rank {rank}"
+        for rank in range(size)
+        for role in ("plan", "weights")
+        if not manifest.of_role(role, rank)
+    ]
+    missing += [role for role in ("config", "tokenizer") if not manifest.of_role(role)]
+    if missing:
+        raise EngineFormatError(f"{MANIFEST}.files: nothing has the role {', '.join(missing)}. Build the engine again.")
+    return manifest
+
+
+def _check_versions(versions: Fields) -> None:
+    for section, newest in VERSIONS.items():
+        if (version := versions.integer(section)) > newest:
+            raise EngineFormatError(
+                f"{MANIFEST}: {section} version {version} is newer than {newest}, the newest that this runtime reads. "
+                f"Upgrade enginery, or build the engine with this release."
+            )
+    versions.only(*VERSIONS)
+
+
+def _decode_file(files: Fields, name: str) -> FileEntry:
+    if not is_plain_name(name) or name == MANIFEST:
+        raise EngineFormatError(
+            f"{MANIFEST}.files: {describe(name)} is no plain file name. This engine must not be trusted."
+        )
+    entry = files.map(name).only("role", "format", "rank", "size", "sha256", "chunks")
+    size = entry.integer("size")
+    chunks = entry.items("chunks", _read_sha256, most=1 << 22) if "chunks" in entry.values else []
+    if chunks and len(chunks) != -(-size // CHUNK_BYTES):
+        raise EngineFormatError(
+            f"{entry.where}.chunks: wanted one sha256 for each 64 MiB of {size} bytes, got {len(chunks)}."
+        )
+    return FileEntry(
+        role=entry.text("role", ROLES),
+        format=entry.text("format"),
+        size=size,
+        sha256=_read_sha256(entry.get("sha256"), f"{entry.where}.sha256"),
+        chunks=tuple(chunks),
+        rank=entry.integer("rank", 0, 1023) if "rank" in entry.values else -1,
+    )
+
+
+def _read_sha256(value: object, where: str) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise EngineFormatError(f"{where}: wanted a sha256 in hex, got {describe(value)}.")
+    return value
+
+
+def hash_file(
+    path: Path, role: str, format: str, rank: int = -1, progress: Callable[[int], None] | None = None
+) -> FileEntry:
+    """The entry of a file as it is on disk now; chunks are hashed for weights."""
+    whole, chunks, size = hashlib.sha256(), [], 0
+    with open(path, "rb", buffering=0) as file:
+        while block := _read_exactly(file, CHUNK_BYTES):
+            whole.update(block)
+            size += len(block)
+            if role == "weights":
+                chunks.append(hashlib.sha256(block).hexdigest())
+            if progress:
+                progress(len(block))
+    return FileEntry(role, format, size, whole.hexdigest(), tuple(chunks), rank)
+
+
+def _read_exactly(file: Any, count: int) -> bytes:
+    parts, remaining = [], count
+    while remaining and (part := file.read(min(remaining, 1 << 20))):
+        parts.append(part)
+        remaining -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,117 @@
+"""Show what the demo model answers, greedily, and count how often it is right.
+
+    python sample.py model
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import (
+    Dialogue,
+    capital_question,
+    colour_question,
+    counting_question,
+    exchange,
+    json_chat,
+    legs_question,
+    message,
+    opposite_question,
+    sum_question,
+    tool_chat,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+QUESTIONS = [
+    "Tell me a story.", "Can you tell me a short story?", "Tell me a story about an owl.",
+    "Write a story about Mia and a fox.", "What is the capital of Peru?", "What is 3+4?", "What colour is the sky?",
+    "How many legs does a spider have?", "Count to 5.", "Lily is 7 years old and has a red kite. Answer as JSON.",
+    "Who are you?", "What is the weather in Rome?",
+]  # fmt: skip
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+class Chat:
+    """A model with its tokenizer; `answer` is greedy."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    def answer(self, messages: Dialogue, tools: list[dict[str, Any]] | None = None) -> str:
+        """The assistant's next turn, with the special token that ends it."""
+        prompt = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        return self.complete(prompt)
+
+    def complete(self, prompt: str) -> str:
+        """The text that follows `prompt`."""
+        inputs = self.tokenizer(prompt, return_tensors="pt")
+        room = self.model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+        output = self.model.generate(**inputs, max_new_tokens=room, do_sample=False)[0]
+        return str(self.tokenizer.decode(output[inputs["input_ids"].shape[1] :]))
+
+
+def show(chat: Chat) -> None:
+    """Print the answers to fixed prompts."""
+    for question in QUESTIONS:
+        print(f"user: {question}\nassistant: {chat.answer([message('user', question)])}\n")
+    dialogue = [message("user", "Tell me a story about Leo.")]
+    for question in ["Which animal was in the story?", "What did they eat?", "Where did Leo go?"]:
+        dialogue.append(message("assistant", chat.answer(dialogue).removesuffix("<|im_end|>")))
+        dialogue.append(message("user", question))
+    dialogue.append(message("assistant", chat.answer(dialogue).removesuffix("<|im_end|>")))
+    for turn in dialogue:
+        print(f"{turn['role']}: {turn['content']}")
+    weather = [message("user", "What is the weather in Rome?")]
+    weather.append(message("assistant", chat.answer(weather, [WEATHER_TOOL]).removesuffix("<|im_end|>")))
+    weather.append(message("tool", '{"result": "sunny"}'))
+    weather.append(message("assistant", chat.answer(weather, [WEATHER_TOOL])))
+    print("\nwith the tool get_weather:")
+    for turn in weather:
+        print(f"{turn['role']}: {turn['content']}")
+    print(f"\nOnce upon a time{chat.complete('Once upon a time')}\n")
+
+
+def accuracy(chat: Chat, draw: Callable[[random.Random], Dialogue], count: int) -> float:
+    """The share of `count` fresh dialogues whose last turn the model gives word for word."""
+    rng = random.Random(12345)
+    right = 0
+    for _ in range(count):
+        dialogue = draw(rng)
+        right += chat.answer(dialogue[:-1]) == dialogue[-1]["content"] + "<|im_end|>"
+    return right / count
+
+
+def measure(chat: Chat, count: int) -> None:
+    """Print the accuracy on every kind of question that has one right answer."""
+    for ask in (sum_question, capital_question, colour_question, legs_question, opposite_question, counting_question):
+        share = accuracy(chat, lambda rng, ask=ask: exchange(*ask(rng)), count)  # type: ignore[misc]
+        print(f"{ask.__name__}: {share:.0%}")
+    for draw in (json_chat, tool_chat):
+        print(f"{draw.__name__}: {accuracy(chat, draw, count):.0%}")
+
+
+def main() -> None:
+    """Samples first, then counts."""
+    parser = argparse.ArgumentParser(description="Show what the demo model answers.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--count", type=int, default=100, help="questions of each kind")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    chat = Chat(arguments.model, getattr(torch, arguments.dtype))
+    show(chat)
+    measure(chat, arguments.count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The fused operators: contract, NumPy reference and kernels, one folder each."""

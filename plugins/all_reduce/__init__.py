@@ -1,0 +1,1 @@
+"""The operator all_reduce."""

@@ -1,0 +1,69 @@
+"""kv_write: norm and rotate keys, then store keys and values in their slots of the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..rms_norm.reference import rms_norm
+
+Array = NDArray[Any]
+
+
+def kv_write(
+    k: Array,
+    v: Array,
+    keys: Array,
+    values: Array,
+    slots: Array,
+    cos: Array | None = None,
+    sin: Array | None = None,
+    k_norm: Array | None = None,
+    *,
+    head_dim: int,
+    rot_dim: int = 0,
+    eps: float = 0.0,
+    kv_dtype: str = "f32",
+) -> tuple[Array, Array]:
+    """k, v f32 [tokens, kv_heads · head_dim] into new copies of keys, values [blocks, block_size, kv_heads, head_dim].
+
+    slots [tokens]: block · block_size + offset, or -1 to write nothing. kv_dtype: what is stored is rounded to it.
+    """
+    keys, values = keys.copy(), values.copy()
+    block_size, written = keys.shape[1], slots >= 0
+    blocks, offsets = slots[written] // block_size, slots[written] % block_size
+    heads = prepare_heads(k, head_dim, cos, sin, k_norm, rot_dim=rot_dim, eps=eps)
+    keys[blocks, offsets] = round_state(heads, kv_dtype)[written]
+    values[blocks, offsets] = round_state(v.reshape(len(v), -1, head_dim), kv_dtype)[written]
+    return keys, values
+
+
+def prepare_heads(
+    x: Array, head_dim: int, cos: Array | None, sin: Array | None, norm: Array | None, *, rot_dim: int, eps: float
+) -> Array:
+    """[M, heads · head_dim] -> [M, heads, head_dim]: each head normed if there is a weight, its first rot_dim rotated."""
+    heads = x.reshape(len(x), -1, head_dim)
+    if norm is not None:
+        heads = rms_norm(heads, None, None, norm, eps=eps)[0]
+    if cos is None or sin is None:
+        return heads
+    half = rot_dim // 2
+    first, second, rest = heads[..., :half], heads[..., half:rot_dim], heads[..., rot_dim:]
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def round_state(x: Array, kv_dtype: str) -> Array:
+    """f32 [tokens, heads, head_dim] as a cache of this type gives it back."""
+    if kv_dtype == "bf16":
+        bits = x.astype(np.float32).view(np.uint32)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+    if kv_dtype == "i8":
+        exact = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        scale = exact.astype(np.float16).astype(np.float32)
+        safe = np.where(scale > 0, scale, np.float32(1))
+        return (np.clip(np.rint(x / safe), -127, 127) * scale).astype(np.float32)
+    return x

@@ -1,0 +1,71 @@
+// What `linear` does to its sums before they are stored. The combinations are data, not code.
+#pragma once
+
+#include "plugins/simd.h"
+
+namespace enginery::ENGINERY_ISA {
+
+enum class Activation : uint8_t { kNone, kSilu, kGeluTanh };
+
+// Null pointers are steps left out. Vectors are by weight row (gate and up interleaved in panels for gated weights).
+struct Epilogue {
+    Activation gate = Activation::kNone;
+    float softcap = 0.0f;
+    const float* activation_scale = nullptr;  // [M]
+    const float* weight_scale = nullptr;      // [Np]
+    const int32_t* weight_sum = nullptr;      // [Np], where activations are biased by 128
+    const float* bias = nullptr;              // [Np]
+    const float* residual = nullptr;          // [M][stride]
+    float* out = nullptr;                     // [M][stride]
+    int64_t stride = 0;
+    int64_t columns = 0;  // of out; what lies beyond is not written
+};
+
+ENGINERY_INLINE VecF activate(Activation kind, VecF x) {
+    if (kind == Activation::kSilu) return x / (set1(1.0f) + exp(zero() - x));
+    const VecF cubic = fma(set1(0.044715f) * x, x * x, x);
+    return set1(0.5f) * x * (set1(1.0f) + tanh(set1(0.7978845608028654f) * cubic));
+}
+
+// The sums of weight rows from `row` on, scaled and biased. `scale` is the activation row's.
+ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const float* sums, int64_t row, VecF) {
+    const VecF x = load(sums);
+    return e.bias == nullptr ? x : x + load(e.bias + row);
+}
+ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const int32_t* sums, int64_t row, VecF scale) {
+    VecI sum = load(sums);
+    if (e.weight_sum != nullptr) sum = sum - shift_left(load(e.weight_sum + row), 7);
+    const VecF x = to_float(sum) * scale * load(e.weight_scale + row);
+    return e.bias == nullptr ? x : x + load(e.bias + row);
+}
+
+// Rows first_row .. first_row + rows - 1 by the panels from `panel` on. sums: [rows][sums_stride], panel p at 16 p.
+template <class Element>
+static void finish_tile(const Epilogue& e, const Element* sums, int64_t sums_stride, int64_t first_row, int64_t rows,
+                        int64_t panel, int panels) {
+    const bool gated = e.gate != Activation::kNone;
+    const int outputs = gated ? panels / 2 : panels;
+    const int64_t first_column = (gated ? panel / 2 : panel) * kPanelLanes;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = first_row + r;
+        const VecF scale = e.activation_scale == nullptr ? zero() : set1(e.activation_scale[row]);
+        for (int v = 0; v < outputs * kPanelVecs; ++v) {
+            const int64_t column = first_column + v * kLanes;
+            if (column >= e.columns) break;
+            const int lane = v % kPanelVecs * kLanes;
+            const int source = (gated ? 2 : 1) * (v / kPanelVecs) * kPanelLanes + lane;
+            const Element* from = sums + r * sums_stride + source;
+            VecF x = finish_sums(e, from, panel * kPanelLanes + source, scale);
+            if (gated) {
+                x = activate(e.gate, x) *
+                    finish_sums(e, from + kPanelLanes, panel * kPanelLanes + source + kPanelLanes, scale);
+            }
+            if (e.softcap > 0.0f) x = set1(e.softcap) * tanh(x / set1(e.softcap));
+            const int count = lanes_left(e.columns, column);
+            if (e.residual != nullptr) x = x + load_part(e.residual + row * e.stride + column, count);
+            store_part(e.out + row * e.stride + column, x, count);
+        }
+    }
+}
+
+}  // namespace enginery::ENGINERY_ISA

@@ -1,0 +1,119 @@
+"""Weight layouts in NumPy (engines/FORMAT.md): what pack.cpp does fast, said plainly.
+
+Matrices are [N, K], output channels by inputs; packed ones have N padded to 16 and K to 64 with zeros: Np, Kp. bfloat16
+is held as its bits, uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engines.layouts import COLUMN_PADDING, LAYOUTS, ROW_PADDING, padded_columns, padded_rows
+
+Array = NDArray[Any]
+
+
+def pad_matrix(w: Array) -> Array:
+    """[N, K] -> [Np, Kp], with zeros."""
+    n, k = w.shape
+    return np.pad(w, ((0, padded_rows(n) - n), (0, padded_columns(k) - k)))
+
+
+def pad_vector(v: Array) -> Array:
+    """[N] -> [Np], with zeros: the layouts scale_f32, sum_i32 and bias_f32."""
+    return np.pad(v, (0, padded_rows(len(v)) - len(v)))
+
+
+def layout_bytes(layout: str, n: int, k: int) -> int:
+    """Bytes of an [n, k] tensor in `layout`; of a vector, k is 1."""
+    return LAYOUTS[layout].num_bytes(n, k)
+
+
+def pack_f32_k1n16(w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[N, K] -> [Np/16, Kp, 16]."""
+    return _pack(w, 1)[..., 0]
+
+
+def unpack_f32_k1n16(packed: NDArray[np.float32], n: int, k: int) -> NDArray[np.float32]:
+    """[Np/16, Kp, 16] -> [n, k]."""
+    return _unpack(packed, n, k, 1)
+
+
+def pack_bf16_k2n16(w: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 [N, K] -> bfloat16 bits [Np/16, Kp/2, 16, 2], rounded to nearest even."""
+    return _pack(to_bf16(w), 2)
+
+
+def unpack_bf16_k2n16(packed: NDArray[np.uint16], n: int, k: int) -> NDArray[np.float32]:
+    """bfloat16 bits [Np/16, Kp/2, 16, 2] -> float32 [n, k]."""
+    return from_bf16(_unpack(packed, n, k, 2))
+
+
+def pack_int8_k4n16(q: NDArray[np.int8]) -> NDArray[np.int8]:
+    """[N, K] -> [Np/16, Kp/4, 16, 4]."""
+    return _pack(q, 4)
+
+
+def unpack_int8_k4n16(packed: NDArray[np.int8], n: int, k: int) -> NDArray[np.int8]:
+    """[Np/16, Kp/4, 16, 4] -> [n, k]."""
+    return _unpack(packed, n, k, 4)
+
+
+def quantize_int8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """float32 [N, K] -> int8 [N, K] in -127 … 127 and its scale [N]: w ≈ int8 · scale.
+
+    scale is the row's absmax / 127; where that is 0 the row's values are 0 too. Rounds half to even.
+    """
+    w = np.asarray(w, np.float32)
+    scale = np.max(np.abs(w), axis=1) / np.float32(127)
+    divisor = np.where(scale > 0, scale, np.float32(np.inf))[:, None]
+    # A scale that is subnormal is coarse: the quotient can leave the range.
+    return np.clip(np.rint(w / divisor), -127, 127).astype(np.int8), scale
+
+
+def row_sums(q: NDArray[np.int8]) -> NDArray[np.int32]:
+    """int8 [N, K] -> the sum of each row's values [N]."""
+    return np.sum(q, axis=1, dtype=np.int32)
+
+
+def interleave_gated(gate: Array, up: Array) -> Array:
+    """Two [I, ...] -> [2 · Ip, ...] in panels of 16 rows: the gate's, the up's, and so on; zeros fill the last panels."""
+    pad = [(0, padded_rows(len(gate)) - len(gate))] + [(0, 0)] * (gate.ndim - 1)
+    panels = [np.pad(half, pad).reshape(-1, ROW_PADDING, *gate.shape[1:]) for half in (gate, up)]
+    return np.stack(panels, axis=1).reshape(-1, *gate.shape[1:])
+
+
+def deinterleave_gated(gated: Array, rows: int) -> tuple[Array, Array]:
+    """[2 · Ip, ...] -> gate and up [rows, ...]."""
+    panels = gated.reshape(-1, 2, ROW_PADDING, *gated.shape[1:])
+    gate, up = (panels[:, i].reshape(-1, *gated.shape[1:])[:rows] for i in (0, 1))
+    return gate, up
+
+
+def to_bf16(w: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 -> bfloat16 bits, rounded to nearest even; for finite values."""
+    bits = np.ascontiguousarray(w, np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + odd + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bits -> float32, exactly."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _pack(w: Array, columns: int) -> Array:
+    """[N, K] -> [Np/16, Kp/columns, 16, columns]."""
+    padded = pad_matrix(w)
+    np_, kp = padded.shape
+    assert kp % COLUMN_PADDING == 0
+    panels = padded.reshape(np_ // ROW_PADDING, ROW_PADDING, kp // columns, columns)
+    return np.ascontiguousarray(panels.transpose(0, 2, 1, 3))
+
+
+def _unpack(packed: Array, n: int, k: int, columns: int) -> Array:
+    panels = packed.reshape(padded_rows(n) // ROW_PADDING, padded_columns(k) // columns, ROW_PADDING, columns)
+    return np.ascontiguousarray(panels.transpose(0, 2, 1, 3).reshape(padded_rows(n), padded_columns(k))[:n, :k])

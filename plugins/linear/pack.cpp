@@ -1,0 +1,309 @@
+// Each panel of 16 rows is read twice: from memory for the largest magnitude of each row, then from the cache to be
+// encoded. All packed layouts are the same transposition, of 8 rows by 8 groups of four bytes: 1, 2 or 4 columns.
+#include "plugins/linear/pack.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+namespace enginery {
+
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int64_t kBlockColumns = 32;
+
+struct FromF32 {
+    static constexpr int64_t kBytes = 4;
+    static __m256 load(const std::byte* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+};
+
+struct FromBf16 {
+    static constexpr int64_t kBytes = 2;
+    static __m256 load(const std::byte* p) {
+        const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+    }
+};
+
+struct FromF16 {
+    static constexpr int64_t kBytes = 2;
+    static __m256 load(const std::byte* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+};
+
+// One row, widened to f32, with the constant added.
+template <class Source>
+class Row {
+  public:
+    Row(const PackJob& job, int64_t row)
+        : data_(job.source + row * job.columns * Source::kBytes),
+          columns_(job.columns),
+          // x + -0.0 is x, also for -0.0; x + 0.0 is not.
+          add_(_mm256_set1_ps(job.add == 0.0f ? -0.0f : job.add)) {}
+
+    // Columns [column, column + 8), which exist.
+    __m256 load(int64_t column) const { return _mm256_add_ps(Source::load(data_ + column * Source::kBytes), add_); }
+
+    // Those of them that exist, then zeros.
+    __m256 load_part(int64_t column) const {
+        const int64_t count = std::min<int64_t>(columns_ - column, kLanes);
+        if (count <= 0) return _mm256_setzero_ps();
+        if (count == kLanes) return load(column);
+        std::byte values[kLanes * Source::kBytes] = {};
+        std::memcpy(values, data_ + column * Source::kBytes, static_cast<size_t>(count * Source::kBytes));
+        const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+        const __m256i exists = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+        return _mm256_and_ps(_mm256_add_ps(Source::load(values), add_), _mm256_castsi256_ps(exists));
+    }
+
+  private:
+    const std::byte* data_;
+    int64_t columns_;
+    __m256 add_;
+};
+
+__m256i magnitude(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
+
+// The bits of the largest magnitude, which compare as the magnitudes do, with infinity and then NaN above all others.
+template <class Source>
+uint32_t largest_magnitude(const Row<Source>& row, int64_t columns) {
+    __m256i largest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t column = 0;
+    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
+        largest[0] = _mm256_max_epu32(largest[0], magnitude(row.load(column)));
+        largest[1] = _mm256_max_epu32(largest[1], magnitude(row.load(column + kLanes)));
+    }
+    for (; column < columns; column += kLanes) {
+        largest[0] = _mm256_max_epu32(largest[0], magnitude(row.load_part(column)));
+    }
+    uint32_t lanes[kLanes];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_max_epu32(largest[0], largest[1]));
+    return *std::max_element(lanes, lanes + kLanes);
+}
+
+// The first column whose magnitude has at least `limit` for bits; there is one.
+template <class Source>
+int64_t first_at_least(const Row<Source>& row, uint32_t limit) {
+    for (int64_t column = 0;; column += kLanes) {
+        uint32_t lanes[kLanes];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), magnitude(row.load_part(column)));
+        const uint32_t* found = std::find_if(lanes, lanes + kLanes, [&](uint32_t bits) { return bits >= limit; });
+        if (found != lanes + kLanes) return column + (found - lanes);
+    }
+}
+
+// The least bits of a magnitude that is not finite in the layout: bf16 rounds the last f32 values to infinity.
+uint32_t finite_limit(PackLayout layout) {
+    const bool rounds = layout == PackLayout::kRowsBf16 || layout == PackLayout::kBf16K2N16;
+    return rounds ? 0x7f7f8000u : 0x7f800000u;
+}
+
+// To the nearest bf16, ties to even, in the low half of each lane.
+__m256i round_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
+
+// Encoders make 32 bytes of consecutive columns of a row.
+
+struct ToF32 {
+    static constexpr int kVectors = 1;
+    static __m256i encode(const __m256* x, float) { return _mm256_castps_si256(x[0]); }
+};
+
+struct ToBf16 {
+    static constexpr int kVectors = 2;
+    static __m256i encode(const __m256* x, float) {
+        return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_bf16(x[0]), round_bf16(x[1])), 0xd8);
+    }
+};
+
+struct ToInt8 {
+    static constexpr int kVectors = 4;
+    // By division: a product with the reciprocal would round otherwise.
+    static __m256i encode(const __m256* x, float divisor) {
+        __m256i q[4];
+        for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_div_ps(x[i], _mm256_set1_ps(divisor)));
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+        return _mm256_max_epi8(ordered, _mm256_set1_epi8(-127));
+    }
+};
+
+void transpose(__m256i rows[8]) {
+    __m256i pairs[8], quads[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        quads[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        quads[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        quads[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        quads[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x20);
+        rows[i + 4] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x31);
+    }
+}
+
+// Of each lane, the sum of its four int8 values.
+__m256i sum_bytes(__m256i x) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1));
+}
+
+struct Panel {
+    int64_t first_row;
+    int64_t rows;  // 1 ... 16
+    std::byte* out;
+    float divisors[kPanelRows];
+    __m256i sums[2];  // int8: of rows 0 ... 7 and 8 ... 15
+};
+
+// Columns [column, column + 32) of rows [8 half, 8 half + 8) of the panel. Complete: all of them exist.
+template <class Source, class Encoder, bool complete>
+void pack_block(const PackJob& job, Panel& panel, int64_t column, int half) {
+    constexpr int64_t kColumns = Encoder::kVectors * kLanes;
+    constexpr int64_t kStepColumns = Encoder::kVectors;  // columns in four bytes
+    for (int64_t first = column; first < column + kBlockColumns; first += kColumns) {
+        __m256i steps[8];
+        for (int r = 0; r < 8; ++r) {
+            const int64_t row_in_panel = half * 8 + r;
+            if (!complete && row_in_panel >= panel.rows) {
+                steps[r] = _mm256_setzero_si256();
+                continue;
+            }
+            const Row<Source> row(job, panel.first_row + row_in_panel);
+            __m256 x[Encoder::kVectors];
+            for (int v = 0; v < Encoder::kVectors; ++v) {
+                x[v] = complete ? row.load(first + v * kLanes) : row.load_part(first + v * kLanes);
+            }
+            steps[r] = Encoder::encode(x, panel.divisors[row_in_panel]);
+        }
+        transpose(steps);
+        std::byte* out = panel.out + first / kStepColumns * 64 + half * 32;
+        for (int step = 0; step < 8; ++step, out += 64) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), steps[step]);
+            if constexpr (Encoder::kVectors == 4) {
+                panel.sums[half] = _mm256_add_epi32(panel.sums[half], sum_bytes(steps[step]));
+            }
+        }
+    }
+}
+
+template <class Source, class Encoder>
+void pack_panel(const PackJob& job, Panel& panel) {
+    const int64_t padded = (job.columns + 63) / 64 * 64;
+    const int64_t whole = panel.rows == kPanelRows ? job.columns / kBlockColumns * kBlockColumns : 0;
+    for (int64_t column = 0; column < whole; column += kBlockColumns) {
+        for (int half : {0, 1}) pack_block<Source, Encoder, true>(job, panel, column, half);
+    }
+    for (int64_t column = whole; column < padded; column += kBlockColumns) {
+        for (int half : {0, 1}) pack_block<Source, Encoder, false>(job, panel, column, half);
+    }
+}
+
+template <class Source>
+void convert_row(const PackJob& job, const Row<Source>& row, std::byte* out) {
+    const bool to_f32 = job.layout == PackLayout::kRowsF32;
+    for (int64_t column = 0; column < job.columns; column += kLanes) {
+        const auto count = static_cast<size_t>(std::min<int64_t>(job.columns - column, kLanes));
+        const __m256 x = row.load_part(column);
+        const __m256i rounded = round_bf16(x);
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+        if (to_f32) {
+            std::memcpy(out + column * 4, &x, count * 4);
+        } else {
+            std::memcpy(out + column * 2, &words, count * 2);
+        }
+    }
+}
+
+// Packs panel `index` and returns what pack_rows does, for it alone.
+template <class Source>
+int64_t run_panel(const PackJob& job, int64_t index) {
+    Panel panel{};
+    panel.first_row = index * kPanelRows;
+    panel.rows = std::min(kPanelRows, job.rows - panel.first_row);
+    panel.out = job.out + index * job.panel_stride * panel_bytes(job.layout, job.columns);
+    float scales[kPanelRows] = {};
+    for (int64_t r = 0; r < panel.rows; ++r) {
+        const Row<Source> row(job, panel.first_row + r);
+        const uint32_t largest = largest_magnitude(row, job.columns);
+        if (largest >= finite_limit(job.layout)) {
+            return (panel.first_row + r) * job.columns + first_at_least(row, finite_limit(job.layout));
+        }
+        scales[r] = std::bit_cast<float>(largest) / 127.0f;
+        // Divided by infinity, all values of a zero row become 0.
+        panel.divisors[r] = scales[r] > 0.0f ? scales[r] : std::numeric_limits<float>::infinity();
+    }
+    switch (job.layout) {
+        case PackLayout::kRowsF32:
+        case PackLayout::kRowsBf16:
+            for (int64_t r = 0; r < panel.rows; ++r) {
+                convert_row(job, Row<Source>(job, panel.first_row + r),
+                            panel.out + r * panel_bytes(job.layout, job.columns) / kPanelRows);
+            }
+            break;
+        case PackLayout::kF32K1N16:
+            pack_panel<Source, ToF32>(job, panel);
+            break;
+        case PackLayout::kBf16K2N16:
+            pack_panel<Source, ToBf16>(job, panel);
+            break;
+        case PackLayout::kInt8K4N16:
+            pack_panel<Source, ToInt8>(job, panel);
+            std::memcpy(job.scale + index * job.panel_stride * kPanelRows, scales, sizeof(scales));
+            std::memcpy(job.sums + index * job.panel_stride * kPanelRows, panel.sums, sizeof(panel.sums));
+            break;
+    }
+    return -1;
+}
+
+int64_t run_panel(const PackJob& job, int64_t index) {
+    switch (job.type) {
+        case SourceType::kF32:
+            return run_panel<FromF32>(job, index);
+        case SourceType::kBf16:
+            return run_panel<FromBf16>(job, index);
+        case SourceType::kF16:
+            return run_panel<FromF16>(job, index);
+    }
+    return -1;
+}
+
+}  // namespace
+
+int64_t pack_rows(const PackJob& job) {
+    const int64_t num_panels = (job.rows + kPanelRows - 1) / kPanelRows;
+    constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+    std::atomic<int64_t> next_panel{0};
+    std::atomic<int64_t> first_found{kNone};
+    const auto work = [&] {
+        for (int64_t index = next_panel++; index < num_panels; index = next_panel++) {
+            const int64_t found = run_panel(job, index);
+            if (found < 0) continue;
+            int64_t known = first_found;
+            while (found < known && !first_found.compare_exchange_weak(known, found)) {
+            }
+        }
+    };
+    {
+        std::vector<std::jthread> others;
+        for (int64_t i = 1; i < std::min<int64_t>(job.num_threads, num_panels); ++i) others.emplace_back(work);
+        work();
+    }
+    return first_found == kNone ? -1 : first_found.load();
+}
+
+}  // namespace enginery

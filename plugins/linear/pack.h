@@ -1,0 +1,55 @@
+// The packer: rows of a checkpoint's tensor into a layout of engines/FORMAT.md, a few megabytes at a time.
+// plugins/linear/layouts.py is the same in NumPy, bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace enginery {
+
+enum class SourceType : uint8_t { kF32, kBf16, kF16 };
+enum class PackLayout : uint8_t { kRowsF32, kRowsBf16, kF32K1N16, kBf16K2N16, kInt8K4N16 };
+
+inline constexpr int64_t kPanelRows = 16;
+
+constexpr int64_t source_bytes(SourceType type) { return type == SourceType::kF32 ? 4 : 2; }
+
+constexpr bool is_packed(PackLayout layout) { return layout >= PackLayout::kF32K1N16; }
+
+// Bytes of a panel; of a layout that is not packed, of its 16 rows.
+constexpr int64_t panel_bytes(PackLayout layout, int64_t columns) {
+    const int64_t padded = (columns + 63) / 64 * 64;
+    switch (layout) {
+        case PackLayout::kRowsF32:
+            return kPanelRows * columns * 4;
+        case PackLayout::kRowsBf16:
+            return kPanelRows * columns * 2;
+        case PackLayout::kF32K1N16:
+            return kPanelRows * padded * 4;
+        case PackLayout::kBf16K2N16:
+            return kPanelRows * padded * 2;
+        case PackLayout::kInt8K4N16:
+            return kPanelRows * padded;
+    }
+    return 0;
+}
+
+struct PackJob {
+    const std::byte* source = nullptr;  // [rows, columns] of `type`, contiguous, at any alignment
+    SourceType type = SourceType::kF32;
+    int64_t rows = 0;  // the last panel is filled up with zeros
+    int64_t columns = 0;
+    PackLayout layout = PackLayout::kRowsF32;
+    std::byte* out = nullptr;  // panel p at p * panel_stride * panel_bytes
+    float* scale = nullptr;    // int8 only: [16] of panel p at p * panel_stride * 16
+    int32_t* sums = nullptr;   // likewise
+    float add = 0.0f;          // to every value, in f32, before it is rounded
+    int64_t panel_stride = 1;
+    int num_threads = 1;
+};
+
+// Packs, and returns the least row * columns + column whose value is not finite in the layout, or -1. Where there is
+// one, what is written means nothing.
+int64_t pack_rows(const PackJob& job);
+
+}  // namespace enginery

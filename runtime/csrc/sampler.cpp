@@ -1,0 +1,160 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "row_math.h"
+
+namespace enginery {
+namespace {
+
+constexpr float kGreedyBelow = 1e-5F;  // temperatures that only overflow
+
+// The finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9U;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebU;
+    return z ^ (z >> 31);
+}
+
+// Uniform in [0, 1), a function of the seed and the position alone: a counter-based generator.
+double uniform(uint64_t seed, int32_t index) {
+    const uint64_t bits = mix(mix(seed + 0x9e3779b97f4a7c15U) ^ (0x9e3779b97f4a7c15U * (static_cast<uint64_t>(index) + 1)));
+    return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+// The `count` largest, largest first, of equals the lower id first.
+void find_largest(const float* row, int32_t size, int32_t count, std::vector<int32_t>& largest) {
+    const auto before = [row](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
+    count = std::min(count, size);
+    largest.clear();
+    if (count <= 0) return;
+    int32_t token = 0;
+    for (; token < count; ++token) largest.push_back(token);
+    std::make_heap(largest.begin(), largest.end(), before);
+    for (; token < size; ++token) {
+        if (!(row[token] > row[largest.front()])) continue;
+        std::pop_heap(largest.begin(), largest.end(), before);
+        largest.back() = token;
+        std::push_heap(largest.begin(), largest.end(), before);
+    }
+    std::sort_heap(largest.begin(), largest.end(), before);
+}
+
+// Bias, masks and penalties, on a copy of the logits. Returns false if the request changes nothing.
+bool modify(const float* logits, int32_t vocab_size, const SampleInputs& inputs, std::vector<float>& row) {
+    const Request& request = inputs.request;
+    const bool masks = inputs.num_generated < request.min_tokens && !request.stop_token_ids.empty();
+    if (request.logit_bias.empty() && !masks && !request.has_penalties()) return false;
+    row.assign(logits, logits + vocab_size);
+    for (const auto& [token, bias] : request.logit_bias) row[static_cast<size_t>(token)] += bias;
+    if (masks) {
+        for (const int32_t token : request.stop_token_ids) {
+            if (token < vocab_size) row[static_cast<size_t>(token)] = -INFINITY;
+        }
+    }
+    if (request.has_penalties()) {
+        for (const auto& [token, num_generated] : inputs.token_counts) {
+            float& logit = row[static_cast<size_t>(token)];
+            logit = logit > 0.0F ? logit / request.repetition_penalty : logit * request.repetition_penalty;
+            logit -= request.frequency_penalty * static_cast<float>(num_generated);
+            logit -= num_generated > 0 ? request.presence_penalty : 0.0F;
+        }
+    }
+    return true;
+}
+
+// Draws from `weights` of the candidates (of all tokens, if null) by inverse distribution.
+int32_t draw(const std::vector<float>& weights, const std::vector<int32_t>* candidates, double total, double number) {
+    const double target = number * total;
+    const size_t count = candidates != nullptr ? candidates->size() : weights.size();
+    double sum = 0;
+    int32_t last = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const auto token = candidates != nullptr ? (*candidates)[i] : static_cast<int32_t>(i);
+        const float weight = weights[static_cast<size_t>(token)];
+        if (weight <= 0.0F) continue;
+        last = token;
+        sum += static_cast<double>(weight);
+        if (sum > target) return token;
+    }
+    return last;  // rounding may leave the sum a little short of the total
+}
+
+// The likeliest tokens that top_k and top_p leave, likeliest first; returns the sum of their weights.
+double filter(const Request& request, const std::vector<float>& weights, double total, std::vector<int32_t>& candidates) {
+    const auto vocab_size = static_cast<int32_t>(weights.size());
+    const bool limited = request.top_k > 0 && request.top_k < vocab_size;
+    const auto top_p = static_cast<double>(request.top_p);
+    // Without top_k the nucleus may have any size: look among ever more of the likeliest.
+    for (int64_t count = limited ? request.top_k : 256;; count *= 8) {
+        const auto num_candidates = static_cast<int32_t>(std::min<int64_t>(count, vocab_size));
+        find_largest(weights.data(), vocab_size, num_candidates, candidates);
+        double mass = total;
+        if (limited) {
+            mass = 0;
+            for (const int32_t token : candidates) mass += static_cast<double>(weights[static_cast<size_t>(token)]);
+        }
+        double sum = 0;
+        size_t kept = 0;
+        while (kept < candidates.size() && (kept == 0 || top_p >= 1.0 || sum < top_p * mass)) {
+            sum += static_cast<double>(weights[static_cast<size_t>(candidates[kept])]);
+            ++kept;
+        }
+        if (kept == candidates.size() && !limited && num_candidates < vocab_size) continue;
+        candidates.resize(kept);
+        return sum;
+    }
+}
+
+}  // namespace
+
+void take_logprobs(const float* logits, int32_t vocab_size, int32_t token_id, int32_t num_logprobs,
+                   SamplerScratch& scratch, SampleResult& result) {
+    const RowPeak peak = find_peak(logits, vocab_size);
+    result.token_id = token_id;
+    result.fault = peak.is_finite ? SampleResult::Fault::kNone : SampleResult::Fault::kNonFinite;
+    result.logprobs.clear();
+    if (num_logprobs < 0 || !peak.is_finite) return;
+    const double log_total = std::log(exp_sum(logits, vocab_size, peak.logit));
+    const auto logprob = [&](int32_t token) {
+        return static_cast<float>(static_cast<double>(logits[token] - peak.logit) - log_total);
+    };
+    result.logprobs.push_back({token_id, logprob(token_id), num_before(logits, vocab_size, token_id) + 1});
+    find_largest(logits, vocab_size, num_logprobs, scratch.candidates);
+    for (size_t i = 0; i < scratch.candidates.size(); ++i) {
+        result.logprobs.push_back({scratch.candidates[i], logprob(scratch.candidates[i]), static_cast<int32_t>(i) + 1});
+    }
+}
+
+void sample(const float* logits, int32_t vocab_size, const SampleInputs& inputs, SamplerScratch& scratch,
+            SampleResult& result) {
+    const Request& request = inputs.request;
+    RowPeak peak = find_peak(logits, vocab_size);
+    result.logprobs.clear();
+    result.fault = peak.is_finite ? SampleResult::Fault::kNone : SampleResult::Fault::kNonFinite;
+    if (!peak.is_finite) return;
+
+    std::vector<float>& row = scratch.row;
+    const bool modified = modify(logits, vocab_size, inputs, row);
+    if (modified) peak = find_peak(row.data(), vocab_size);
+    if (peak.logit == -INFINITY) {
+        result.fault = SampleResult::Fault::kNothingAllowed;
+        return;
+    }
+    result.token_id = peak.token;
+    if (request.temperature >= kGreedyBelow) {
+        if (!modified) row.assign(logits, logits + vocab_size);
+        const float floor = request.min_p > 0.0F ? std::log(request.min_p) : -INFINITY;
+        double total = exp_weights(row.data(), vocab_size, peak.logit, 1.0F / request.temperature, floor);
+        const bool filters = request.top_p < 1.0F || (request.top_k > 0 && request.top_k < vocab_size);
+        if (filters) total = filter(request, row, total, scratch.candidates);
+        result.token_id = draw(row, filters ? &scratch.candidates : nullptr, total,
+                               uniform(inputs.seed, inputs.num_generated));
+    }
+    if (request.logprobs >= 0) {
+        take_logprobs(logits, vocab_size, result.token_id, request.logprobs, scratch, result);
+    }
+}
+
+}  // namespace enginery
