@@ -16,12 +16,12 @@ def pack_rows(
     panel_stride: int = 1,
     num_threads: int = 1,
 ) -> int:
-    """Packs n rows of k columns; returns the index (row · k + column) of the first value that is not finite in the layout, or -1.
+    """Packs n rows of k columns. Returns row · k + column of the first value that is not finite in the layout, or -1.
 
     source        raw bytes [n, k], C-contiguous; source_dtype: "f32", "bf16" or "f16"
     layout        "f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0", "rows_f32.v0" or "rows_bf16.v0"
-    out           bytes of the panels, written in place; in packed layouts panel p begins at p · panel_stride panels, and
-                  the last one is filled up with zeros. Row ranges of one tensor therefore begin at multiples of 16
+    out           bytes of the panels, written in place; in packed layouts panel p begins at p · panel_stride panels,
+                  the last one being filled up with zeros: row ranges of a tensor begin at multiples of 16
     scale, sums   for int8_k4n16 only: [16 · panels], spaced as the panels are
     add           added to every value in float32
     panel_stride  2 for gated weights: gate into `out`, up into `out` from its second panel on

@@ -28,7 +28,7 @@ struct Team {
     int32_t thread = 0;  // 0 .. num_threads - 1, of the rank's threads
     int32_t num_threads = 1;
     std::byte* scratch = nullptr;         // kThreadScratchBytes, this thread's alone
-    std::byte* shared_scratch = nullptr;  // this call's alone within its region; zero before the first step
+    std::byte* shared_scratch = nullptr;  // this call's alone within its region
     int64_t shared_scratch_bytes = 0;
     std::atomic<int64_t>* counter = nullptr;  // of this call, zero when the step begins
 };

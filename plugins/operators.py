@@ -51,7 +51,9 @@ class _Operator(OpRun):  # type: ignore[misc]
 class Embedding(_Operator):
     """(ids [tokens], table [vocab, hidden]) -> [tokens, hidden]."""
 
-    def _run(self, ids: Array, table: Array, scale: Any = 1.0, vocab_start: Any = 0, precision: Any = "f32") -> tuple[Array]:
+    def _run(
+        self, ids: Array, table: Array, scale: Any = 1.0, vocab_start: Any = 0, precision: Any = "f32"
+    ) -> tuple[Array]:
         return (embedding(ids, _weight(table, precision), scale=scale, vocab_start=vocab_start),)
 
 
@@ -98,7 +100,9 @@ class Linear(_Operator):
         half = len(weight) // 2
         biases = (None, None) if bias is None else (bias[:half], bias[half:])
         return (
-            linear(x, weight[:half], biases[0], residual, up_weight=weight[half:], up_bias=biases[1], activation=activation),
+            linear(
+                x, weight[:half], biases[0], residual, up_weight=weight[half:], up_bias=biases[1], activation=activation
+            ),
         )
 
 

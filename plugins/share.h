@@ -2,14 +2,22 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "plugins/kernel.h"
+#include "runtime/csrc/call_reader.h"
 
 namespace enginery::ENGINERY_ISA {
 
 struct Range {
     int64_t begin, end;
 };
+
+// Buffers share memory with others that lived before, so whoever writes a row also writes the zeros of its padding.
+template <class T>
+static inline void zero_padding(T* row, int64_t columns) {
+    std::memset(row + columns, 0, static_cast<size_t>(row_stride(columns) - columns) * sizeof(T));
+}
 
 // A thread's part of `count` rows of equal work; all of them where the result is the thread's own.
 static inline Range share_of(const Team& team, int64_t count, bool per_thread) {

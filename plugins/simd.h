@@ -3,7 +3,12 @@
 // cannot merge what was compiled for one machine with what another runs.
 #pragma once
 
+// GCC 12 takes the deliberately undefined vectors of its own AVX-512 intrinsics for mistakes (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 #include <cstring>

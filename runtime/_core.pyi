@@ -1,4 +1,7 @@
-"""The C++ core of the runtime (csrc/): serving loop, scheduler, block manager, sampler, executors."""
+"""The C++ core of the runtime (csrc/): serving loop, scheduler, block manager, sampler, executors.
+
+Errors are those of engines/errors.py. A dict with an unknown key, a missing one or a value of the wrong type raises TypeError.
+"""
 
 from typing import Any
 
@@ -6,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 class Output:
-    """What one request produced since it was last drained. Lists are parallel to token_ids."""
+    """What one request produced since it was last drained. Lists are parallel to token_ids.
+
+    Times are seconds of time.monotonic(), 0.0 where not reached yet.
+    """
 
     request_id: int
     token_ids: list[int]
     logprobs: list[list[tuple[int, float, int]]] | None
     """Of each token, if asked for: the sampled token first, then the k likeliest, as (token id, logprob, rank from 1)."""
     prompt_logprobs: list[list[tuple[int, float, int]] | None] | None
-    """Once, before or with the first token, if asked for; the first entry is None."""
+    """Once, with the first token, if asked for; the first entry is None."""
     finish_reason: str | None
     """None while it runs; then "stop", "length", "abort" or "error"."""
     stop_token_id: int | None
@@ -21,36 +27,75 @@ class Output:
     error: str | None
     num_cached_tokens: int
     """Prompt tokens taken from the prefix cache."""
+    arrival_time: float
+    first_scheduled_time: float
+    first_token_time: float
 
 class Core:
     """The serving loop on its own thread, which never takes the GIL.
 
-    spec: the fields of ExecutorSpec (csrc/executor.h) under their names, nested as dicts and lists.
-    config: the fields of LoopConfig (csrc/loop.h) under their names; an unknown key raises TypeError.
-    executor: "cpu" or "null".
+    spec: the fields of ExecutorSpec (csrc/executor.h) under their names, nested as dicts and lists; an operand's kind is
+        "buffer", "weight", "input" or "state", a guard a list of [variable, min, max]. All groups have one block size.
+    config: the fields of LoopConfig (csrc/loop.h) under their names.
+    executor: "cpu" or "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults: "fail_on=7"
+        fails a step that computes token 7, "nan_on=9" gives token 9's row a NaN.
     """
 
     def __init__(self, spec: dict[str, Any], config: dict[str, Any], executor: str = "cpu") -> None: ...
     def submit(self, request: dict[str, Any]) -> int:
-        """Queues a request (the fields of Request, csrc/request.h) and returns its id. Raises RequestError."""
+        """Queues a request (the fields of Request, csrc/request.h; logit_bias a dict of floats by token) and returns its id.
+
+        Ids rise with arrival. prompt_token_ids and max_tokens must be there. It ends with "length" at max_tokens, at
+        max_model_len, or where its state would fill the whole cache.
+        Raises RequestError with all faults, CapacityError if the prompt fits no cache of this size, EngineryError after
+        fail() or close().
+        """
 
     def abort(self, request_id: int) -> None:
-        """Ends a request, whatever its state, and frees what it holds; unknown or finished ids are ignored."""
+        """Ends a request before the next step, whatever its state, and frees what it holds; its last Output says "abort".
+
+        Unknown or finished ids are ignored.
+        """
 
     def wait(self, timeout_s: float) -> list[Output]:
-        """Outputs since the last call; blocks without the GIL until there are some, the timeout ends or the loop stops."""
+        """Outputs since the last call, one for each request that has news, woken at most once per step.
+
+        Blocks without the GIL until there are some, the timeout ends or the loop is closed.
+        """
+
+    def step(self) -> bool:
+        """With manual_steps (no thread, for tests): makes one step on this thread; False when no request is left."""
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the loop, and "memory": bytes by purpose."""
+        """Counters and gauges as of the last step.
+
+        steps, num_running, num_waiting, num_preemptions
+        prompt_tokens, generation_tokens           of requests that were scheduled, each once; sampled tokens
+        prefix_cache_queries, prefix_cache_hits    prompt tokens looked up and found
+        finished                                   requests by reason: {"stop": n, "length": n, "abort": n, "error": n}
+        loop_seconds, executor_seconds             time in steps outside of the executor, and in it
+        groups                                     of each state group name, num_blocks, used_blocks, cached_blocks
+        kv_cache_usage                             used share of the fullest group, 0 to 1
+        internal_error                             None, or what broke: then every request ended and no new one is taken
+        memory                                     bytes by purpose
+        """
 
     def fail(self, reason: str) -> None:
         """Ends every request with an error and refuses new ones, naming the reason."""
 
     def close(self) -> None:
-        """Aborts what runs, stops the loop and frees everything. A second call does nothing."""
+        """Aborts what runs, stops the loop and frees its threads. A second call does nothing."""
 
 def cpu_features() -> list[str]:
     """The ISA features of this machine that targets ask for: "avx2", "avxvnni", "avx512f", "avx512vnni", ..."""
 
 def run_call(isa: str, call: dict[str, Any], operands: dict[str, NDArray[Any]], step: dict[str, Any]) -> None:
     """Runs one operator's kernel on arrays, in place; for tests and the compiler's checks."""
+
+def sample_row(
+    logits: NDArray[np.float32], request: dict[str, Any], output_token_ids: list[int]
+) -> tuple[int, list[tuple[int, float, int]]]:
+    """The sampler alone, for tests: the token that logits [vocab_size] give after output_token_ids, and its logprobs.
+
+    Without a seed in the request it is 0.
+    """

@@ -94,4 +94,3 @@ class Weight:
         if self.add:
             values = values + np.float32(self.add)
         return values.reshape(self.shape)
-

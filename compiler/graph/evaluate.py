@@ -38,7 +38,9 @@ def evaluate_ranks(graphs: Sequence[ir.Graph], inputs: Sequence[Arrays]) -> list
         return list(pool.map(run, range(len(graphs))))
 
 
-def whole_prompt_inputs(graph: ir.Graph, token_ids: list[int], num_rows: int | None = None, block_size: int = 32) -> dict[str, NDArray[Any]]:
+def whole_prompt_inputs(
+    graph: ir.Graph, token_ids: list[int], num_rows: int | None = None, block_size: int = 32
+) -> dict[str, NDArray[Any]]:
     """A step that computes one whole sequence in fresh caches, the last `num_rows` tokens (all by default) as rows."""
     count = len(token_ids)
     blocks = -(-count // block_size)

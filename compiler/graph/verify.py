@@ -13,7 +13,9 @@ def verify(graph: ir.Graph) -> None:
         for value in node.inputs:
             assert value is None or value in made, f"{node.name}: reads {value.name} before it is made"
         for value in node.outputs:
-            assert value.shape is not None and value.type is not None, f"{node.name}: output {value.name} has no shape or type"
+            assert value.shape is not None and value.type is not None, (
+                f"{node.name}: output {value.name} has no shape or type"
+            )
             made.add(value)
             names.append(value.name)
     for value in graph.outputs:

@@ -16,7 +16,11 @@ from .options import Options
 def fold_constants(g: GraphBuilder, options: Options) -> None:
     """See the module."""
     for node in list(g.graph):
-        if is_op(node, "Add") and isinstance(node.inputs[0].const_value, LazyWeight) and scalar_of(node.inputs[1]) is not None:
+        if (
+            is_op(node, "Add")
+            and isinstance(node.inputs[0].const_value, LazyWeight)
+            and scalar_of(node.inputs[1]) is not None
+        ):
             constant = scalar_of(node.inputs[1]) or 0.0
             folded = register_weight(g.graph, f"{node.inputs[0].name}.plus", weight_of(node.inputs[0]).plus(constant))
             _unname_clash(g.graph, folded)

@@ -46,7 +46,9 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> None:
         delta, post_weight = post.inputs[0], post.inputs[1]
         assert attribute(post, "epsilon") == attributes["eps"], "norms of a model have one epsilon"
         old = [post, add, norm]
-    new = make_node("RmsNorm", [stream, delta, post_weight, weight], [shape, shape], norm.name or "norm", DOMAIN, attributes)
+    new = make_node(
+        "RmsNorm", [stream, delta, post_weight, weight], [shape, shape], norm.name or "norm", DOMAIN, attributes
+    )
     new.outputs[1].name = x.name
     x.name = None
     graph.insert_before(add, new)

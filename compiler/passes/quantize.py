@@ -27,7 +27,9 @@ def quantize(g: GraphBuilder, options: Options) -> None:
             if activation != "f32":
                 _quantize_input(g.graph, node, activation)
         elif is_ours(node, "Embedding"):
-            tied = any(is_ours(user, "Linear") for user in users(node.inputs[1])) if node.inputs[1] is not None else False
+            tied = (
+                any(is_ours(user, "Linear") for user in users(node.inputs[1])) if node.inputs[1] is not None else False
+            )
             table = activation if tied else options.precision.row_layout.split("_")[1].split(".")[0]
             node.attributes["precision"] = ir.AttrString("precision", table)
 

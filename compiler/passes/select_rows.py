@@ -64,7 +64,9 @@ class _Mover:
         if node is None or node.op_type not in _ROW_INPUTS or not self._worth(node):
             return self._gather(value)
         indices = _ROW_INPUTS[node.op_type]
-        inputs = [self.select(v) if i in indices and v is not None and _has_rows(v) else v for i, v in enumerate(node.inputs)]
+        inputs = [
+            self.select(v) if i in indices and v is not None and _has_rows(v) else v for i, v in enumerate(node.inputs)
+        ]
         return self._copy(node, inputs)
 
     def _worth(self, node: ir.Node) -> bool:

@@ -35,7 +35,9 @@ def check_divisible(config: Config, world_size: int) -> None:
         "num_key_value_heads": config.num_kv_heads,
         "intermediate_size": config.intermediate_size,
     }
-    reasons = [f"{name} = {size} is not a multiple of {world_size}" for name, size in sizes.items() if size % world_size]
+    reasons = [
+        f"{name} = {size} is not a multiple of {world_size}" for name, size in sizes.items() if size % world_size
+    ]
     if reasons:
         degrees = [d for d in range(1, config.num_kv_heads + 1) if all(size % d == 0 for size in sizes.values())]
         possible = ", ".join(map(str, degrees))
@@ -73,7 +75,9 @@ class _Cutter:
         assert table is not None
         weight = weight_of(table)
         starts = vocab_starts(weight.num_rows, self.world_size)
-        node.replace_input_with(1, self._weight(f"{table.name}.{self.rank}", weight.take_rows(*starts[self.rank : self.rank + 2])))
+        node.replace_input_with(
+            1, self._weight(f"{table.name}.{self.rank}", weight.take_rows(*starts[self.rank : self.rank + 2]))
+        )
         node.attributes["vocab_start"] = ir.AttrInt64("vocab_start", starts[self.rank])
         self._reduce(node)
 
@@ -97,7 +101,9 @@ class _Cutter:
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         if node.outputs[0].is_graph_output():
             self._vocabulary(node)
-        elif is_ours(source, "PagedAttention") or (is_ours(source, "Linear") and attribute(source, "activation") != "none"):
+        elif is_ours(source, "PagedAttention") or (
+            is_ours(source, "Linear") and attribute(source, "activation") != "none"
+        ):
             self._by_inputs(node)
         elif attribute(node, "activation") != "none":
             weight = weight_of(_input(node, 1))
@@ -105,7 +111,9 @@ class _Cutter:
             self._narrow(node.outputs[0])
         else:
             split = next((user for user in reader if user.op_type == "Split"), None)
-            sizes = [columns_of(value) for value in split.outputs] if split is not None else [columns_of(node.outputs[0])]
+            sizes = (
+                [columns_of(value) for value in split.outputs] if split is not None else [columns_of(node.outputs[0])]
+            )
             self._by_outputs(node, sizes)
             self._narrow(node.outputs[0])
             if split is not None:
@@ -115,7 +123,9 @@ class _Cutter:
         for index in (1, 2):
             if index < len(node.inputs) and node.inputs[index] is not None:
                 value = _input(node, index)
-                node.replace_input_with(index, self._weight(f"{value.name}.{self.rank}", self._share(weight_of(value), sizes)))
+                node.replace_input_with(
+                    index, self._weight(f"{value.name}.{self.rank}", self._share(weight_of(value), sizes))
+                )
 
     def _share(self, weight: Weight, sizes: list[int]) -> Weight:
         """This rank's part of each block of rows."""
@@ -145,7 +155,9 @@ class _Cutter:
         value, output = _input(node, 1), node.outputs[0]
         weight = weight_of(value)
         starts = vocab_starts(weight.num_rows, self.world_size)
-        node.replace_input_with(1, self._weight(f"{value.name}.{self.rank}", weight.take_rows(*starts[self.rank : self.rank + 2])))
+        node.replace_input_with(
+            1, self._weight(f"{value.name}.{self.rank}", weight.take_rows(*starts[self.rank : self.rank + 2]))
+        )
         full = (dimensions(output), ir.DataType.FLOAT)
         attributes = {"starts": starts, "rank": self.rank}
         gather = make_node("AllGather", [output], [full], f"{node.name}.all_gather", DOMAIN, attributes)

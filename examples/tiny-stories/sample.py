@@ -4,7 +4,9 @@
 """
 
 import argparse
+import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from corpus import (
     legs_question,
     message,
     opposite_question,
+    story_request,
     sum_question,
     tool_chat,
 )
+from stories import ANIMALS, BOYS, COLOURS, GIRLS, THINGS, draw_scene
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUESTIONS = [
@@ -91,13 +95,48 @@ def accuracy(chat: Chat, draw: Callable[[random.Random], Dialogue], count: int) 
     return right / count
 
 
+def is_coherent(story: str) -> bool:
+    """Whether a story keeps to one child (two in a quarrel), one animal, one colour and one thing, and ends."""
+    found = set(re.findall(r"\w+", story))
+    num_children = 2 if " was there too." in story else 1
+    wanted = [(BOYS + GIRLS, num_children), (ANIMALS, 1), (COLOURS, 1), (THINGS, 1)]
+    return story.endswith("<|im_end|>") and all(len(found & set(kind)) == count for kind, count in wanted)
+
+
+def coherence(chat: Chat, count: int) -> float:
+    """The share of `count` fresh requests for a story that a coherent story answers."""
+    rng = random.Random(12345)
+    requests = [story_request(rng, draw_scene(rng)) for _ in range(count)]
+    return sum(is_coherent(chat.answer([message("user", request)])) for request in requests) / count
+
+
+def json_fields(chat: Chat, count: int) -> dict[str, float]:
+    """The share of `count` JSON answers that are valid, and of right names, ages, colours and types among them all."""
+    rng = random.Random(12345)
+    right = dict.fromkeys(["valid", "name", "age", "colour", "type"], 0.0)
+    for _ in range(count):
+        dialogue = json_chat(rng)
+        wanted = json.loads(dialogue[-1]["content"])
+        try:
+            got = json.loads(chat.answer(dialogue[:-1]).removesuffix("<|im_end|>"))
+        except json.JSONDecodeError:
+            continue
+        right["valid"] += 1 / count
+        for key in ("name", "age"):
+            right[key] += (got.get(key) == wanted[key]) / count
+        for key in ("colour", "type"):
+            right[key] += (got.get("item", {}).get(key) == wanted["item"][key]) / count
+    return right
+
+
 def measure(chat: Chat, count: int) -> None:
     """Print the accuracy on every kind of question that has one right answer."""
     for ask in (sum_question, capital_question, colour_question, legs_question, opposite_question, counting_question):
         share = accuracy(chat, lambda rng, ask=ask: exchange(*ask(rng)), count)  # type: ignore[misc]
         print(f"{ask.__name__}: {share:.0%}")
-    for draw in (json_chat, tool_chat):
-        print(f"{draw.__name__}: {accuracy(chat, draw, count):.0%}")
+    print(f"tool_chat: {accuracy(chat, tool_chat, count):.0%}")
+    print("json_chat:", ", ".join(f"{field} {share:.0%}" for field, share in json_fields(chat, count).items()))
+    print(f"coherent stories: {coherence(chat, count):.0%}")
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ class Embedding : public Kernel {
         const Range tokens = share_of(team, step.num_tokens, out.per_thread());
         for (int64_t token = tokens.begin; token < tokens.end; ++token) {
             float* to = out.at<float>(team) + token * row_stride(hidden);
+            zero_padding(to, hidden);
             const int64_t row = int64_t{step.token_ids[token]} - vocab_start;
             if (row < 0 || row >= vocab) {
                 std::memset(to, 0, static_cast<size_t>(hidden) * sizeof(float));

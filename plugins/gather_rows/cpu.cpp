@@ -17,8 +17,10 @@ class GatherRows : public Kernel {
         const Range rows = share_of(team, step.num_rows, out.per_thread());
         const int64_t stride = row_stride(columns);
         for (int64_t row = rows.begin; row < rows.end; ++row) {
-            std::memcpy(out.at<float>(team) + row * stride, x.at<const float>(team) + step.rows[row] * stride,
+            float* to = out.at<float>(team) + row * stride;
+            std::memcpy(to, x.at<const float>(team) + step.rows[row] * stride,
                         static_cast<size_t>(columns) * sizeof(float));
+            zero_padding(to, columns);
         }
     }
 };

@@ -127,8 +127,8 @@ std::unique_ptr<Kernel> make_kv_write(const CallSpec& call, const Binding& bindi
     reader.input("slots");
     kernel->k = reader.required("k", {"f32"}, tokens * row_bytes);
     kernel->v = reader.required("v", {"f32"}, tokens * row_bytes);
-    kernel->cos = reader.required("cos", {"f32"}, tokens * rot_dim / 2 * 4);
-    kernel->sin = reader.required("sin", {"f32"}, tokens * rot_dim / 2 * 4);
+    if (rot_dim > 0 || reader.has("cos")) kernel->cos = reader.required("cos", {"f32"}, tokens * rot_dim / 2 * 4);
+    if (rot_dim > 0 || reader.has("sin")) kernel->sin = reader.required("sin", {"f32"}, tokens * rot_dim / 2 * 4);
     kernel->key_transform.head_dim = d;
     kernel->key_transform.half = rot_dim / 2;
     kernel->key_transform.eps = static_cast<float>(reader.number("eps", 0.0, 1.0));

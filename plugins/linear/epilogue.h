@@ -1,6 +1,7 @@
 // What `linear` does to its sums before they are stored. The combinations are data, not code.
 #pragma once
 
+#include "plugins/share.h"
 #include "plugins/simd.h"
 
 namespace enginery::ENGINERY_ISA {
@@ -65,6 +66,7 @@ static void finish_tile(const Epilogue& e, const Element* sums, int64_t sums_str
             if (e.residual != nullptr) x = x + load_part(e.residual + row * e.stride + column, count);
             store_part(e.out + row * e.stride + column, x, count);
         }
+        if (first_column + outputs * kPanelLanes >= e.columns) zero_padding(e.out + row * e.stride, e.columns);
     }
 }
 

@@ -76,11 +76,12 @@ def quantize_int8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
 
 def row_sums(q: NDArray[np.int8]) -> NDArray[np.int32]:
     """int8 [N, K] -> the sum of each row's values [N]."""
-    return np.sum(q, axis=1, dtype=np.int32)
+    sums: NDArray[np.int32] = np.sum(q, axis=1, dtype=np.int32)
+    return sums
 
 
 def interleave_gated(gate: Array, up: Array) -> Array:
-    """Two [I, ...] -> [2 · Ip, ...] in panels of 16 rows: the gate's, the up's, and so on; zeros fill the last panels."""
+    """Two [I, ...] -> [2 · Ip, ...] in panels of 16 rows, the gate's and the up's in turn; zeros fill the last two."""
     pad = [(0, padded_rows(len(gate)) - len(gate))] + [(0, 0)] * (gate.ndim - 1)
     panels = [np.pad(half, pad).reshape(-1, ROW_PADDING, *gate.shape[1:]) for half in (gate, up)]
     return np.stack(panels, axis=1).reshape(-1, *gate.shape[1:])

@@ -63,7 +63,9 @@ class RmsNorm : public Kernel {
             add_delta(source, delta.at<const float>(team) + row * stride, values);
             // Where every thread computes all rows, one of them is enough to write what they share.
             if (sum && (sum.per_thread() || !out.per_thread() || team.thread == 0)) {
-                std::memcpy(sum.at<float>(team) + row * stride, values, static_cast<size_t>(hidden) * sizeof(float));
+                float* to = sum.at<float>(team) + row * stride;
+                std::memcpy(to, values, static_cast<size_t>(hidden) * sizeof(float));
+                zero_padding(to, hidden);
             }
             source = values;
         }
@@ -94,13 +96,16 @@ class RmsNorm : public Kernel {
     void write(const Team& team, int64_t row, const float* values) const {
         const int64_t stride = row_stride(hidden);
         if (output == Output::kF32) {
-            std::memcpy(out.at<float>(team) + row * stride, values, static_cast<size_t>(hidden) * sizeof(float));
+            float* to = out.at<float>(team) + row * stride;
+            std::memcpy(to, values, static_cast<size_t>(hidden) * sizeof(float));
+            zero_padding(to, hidden);
         } else if (output == Output::kBf16) {
             uint16_t* to = out.at<uint16_t>(team) + row * stride;
             for (int64_t i = 0; i < hidden; i += kLanes) {
                 const int count = lanes_left(hidden, i);
                 store_bf16_part(to + i, load_part(values + i, count), count);
             }
+            zero_padding(to, hidden);
         } else {
             quantize(values, out.at<uint8_t>(team) + row * stride, out_scale.at<float>(team) + row);
         }
@@ -116,6 +121,7 @@ class RmsNorm : public Kernel {
             const VecF bounded = max(set1(-127.0f), min(set1(127.0f), quotient));
             store_bytes_part(to + i, to_int(bounded) + offset, count);
         }
+        zero_padding(to, hidden);
     }
 };
 

@@ -1,5 +1,6 @@
 // The null device: no model, but a memory that notices every mistake of the loop. Each slot keeps a hash of all that its
 // token could see, read through the block tables, and the position it was written for; logits derive from that hash.
+#include <algorithm>
 #include <cmath>
 #include <string>
 

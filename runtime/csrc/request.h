@@ -38,8 +38,23 @@ struct Request {
     }
 };
 
+struct TokenLogprob {
+    int32_t token_id;
+    float logprob;
+    int32_t rank;  // from 1; of equals the lower id comes first
+};
+
 // How often each known token was generated; 0 for those of the prompt alone.
 using TokenCounts = std::unordered_map<int32_t, int32_t>;
+
+struct RequestLimits {
+    int32_t vocab_size = 0;
+    int32_t max_model_len = 0;    // tokens of prompt and output together
+    int64_t capacity_tokens = 0;  // whose state fits in the blocks of an empty cache
+};
+
+// Throws RequestError with everything that is wrong, or CapacityError where the cache is too small for the prompt.
+void check_request(const Request& request, const RequestLimits& limits);
 
 // A request that has been admitted to the loop. There are no phases: num_computed_tokens catches up with token_ids,
 // by chunks of a prompt or token by token, from the start again after a preemption.
@@ -52,9 +67,10 @@ struct Sequence {
     int32_t num_computed_tokens = 0;  // their state is in the blocks
     int32_t max_length = 0;           // known tokens at which it ends
     int32_t num_prompt_logprobs = 0;  // prompt positions whose logprobs were taken
+    std::vector<std::vector<TokenLogprob>> prompt_logprobs;  // those, of the second prompt token and on
     int32_t num_preemptions = 0;
     int32_t num_cached_tokens = 0;  // prompt tokens that the prefix cache held at first admission
-    bool running = false;
+    bool running = false;           // else it waits; the scheduler's
     int64_t last_scheduled_step = -1;
     TokenCounts token_counts;       // kept only where penalties ask for it
 

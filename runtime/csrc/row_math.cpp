@@ -5,8 +5,9 @@
 #include <cmath>
 #include <cstring>
 
-// The core is built with -O2, for which g++ 12 leaves most loops scalar.
-#define VECTORIZED __attribute__((optimize("O3")))
+// Chosen when the module is loaded; lanes are fixed, so every machine sums in the same order. The core is built with -O2,
+// for which g++ 12 leaves most loops scalar.
+#define VECTORIZED __attribute__((optimize("O3"), target_clones("avx512f", "avx2", "default")))
 
 namespace enginery {
 namespace {
@@ -31,28 +32,26 @@ inline float exp_of_nonpositive(float x) {
     return x < -87.0F ? 0.0F : p * power;
 }
 
-// The largest of a block, and whether any exponent is all ones (infinite or not a number).
-VECTORIZED void scan_block(const float* row, int32_t size, float& largest, uint32_t& bad) {
-    float lanes[kLanes];
-    uint32_t flags[kLanes] = {};
-    for (float& lane : lanes) lane = largest;
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Raises `largest` to the largest of a block, and adds 0 to `zero` for each finite element, NaN for others.
+VECTORIZED void scan_block(const float* row, int32_t size, float& largest, float& zero) {
+    Floats largest_lanes = Floats{} + largest;
+    Floats zero_lanes = {};
     int32_t i = 0;
     for (; i + kLanes <= size; i += kLanes) {
-        for (int32_t j = 0; j < kLanes; ++j) {
-            const float value = row[i + j];
-            uint32_t bits = 0;
-            std::memcpy(&bits, &value, sizeof(bits));
-            flags[j] |= (bits & 0x7f800000U) == 0x7f800000U ? 1U : 0U;
-            lanes[j] = value > lanes[j] ? value : lanes[j];
-        }
+        Floats values;
+        std::memcpy(&values, row + i, sizeof(values));
+        largest_lanes = values > largest_lanes ? values : largest_lanes;
+        zero_lanes += values * 0.0F;
     }
     for (; i < size; ++i) {
-        bad |= std::isfinite(row[i]) ? 0U : 1U;
         largest = row[i] > largest ? row[i] : largest;
+        zero += row[i] * 0.0F;
     }
     for (int32_t j = 0; j < kLanes; ++j) {
-        bad |= flags[j];
-        largest = lanes[j] > largest ? lanes[j] : largest;
+        largest = largest_lanes[j] > largest ? largest_lanes[j] : largest;
+        zero += zero_lanes[j];
     }
 }
 
@@ -77,16 +76,16 @@ VECTORIZED float exp_block(const float* row, int32_t size, float peak, float fac
 
 RowPeak find_peak(const float* row, int32_t size) {
     float largest = -INFINITY;
-    uint32_t bad = 0;
+    float zero = 0.0F;
     int32_t start = 0;  // of the block that holds the first of the largest
     for (int32_t i = 0; i < size; i += kBlock) {
         const float before = largest;
-        scan_block(row + i, std::min(kBlock, size - i), largest, bad);
+        scan_block(row + i, std::min(kBlock, size - i), largest, zero);
         if (largest > before) start = i;
     }
     const int32_t end = std::min(size, start + kBlock);
     const auto token = static_cast<int32_t>(std::find(row + start, row + end, largest) - row);
-    return {token == end ? 0 : token, largest, bad == 0};
+    return {token == end ? 0 : token, largest, zero == 0.0F};
 }
 
 double exp_weights(float* row, int32_t size, float peak, float factor, float floor) {

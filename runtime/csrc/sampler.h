@@ -8,12 +8,6 @@
 
 namespace enginery {
 
-struct TokenLogprob {
-    int32_t token_id;
-    float logprob;
-    int32_t rank;  // from 1; of equals the lower id comes first
-};
-
 struct SampleResult {
     enum class Fault : uint8_t { kNone, kNonFinite, kNothingAllowed };
 

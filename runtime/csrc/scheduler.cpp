@@ -27,6 +27,12 @@ void Scheduler::remove(Sequence* sequence) {
     }
 }
 
+void Scheduler::clear() {
+    waiting_.clear();
+    running_.clear();
+    chunks_.clear();
+}
+
 const std::vector<Chunk>& Scheduler::schedule() {
     ++step_;
     preempted_ = false;
@@ -65,19 +71,21 @@ void Scheduler::fill_step() {
     if (prefill_waits) schedule_decodes(tokens_left_, rows_left_);  // what the prompts could not use
 }
 
-// Those that were left out longest come first, if not all fit.
+// If not all fit they take turns, by arrival and round again.
 void Scheduler::schedule_decodes(int32_t token_limit, int32_t row_limit) {
+    const auto by_arrival = [](const Sequence* a, const Sequence* b) { return a->id < b->id; };
     decodes_.clear();
     for (Sequence* sequence : running_) {
         if (sequence->num_pending_tokens() == 1 && !is_scheduled(*sequence)) decodes_.push_back(sequence);
     }
     const auto limit = static_cast<size_t>(std::min(token_limit, row_limit));
     if (decodes_.size() > limit) {
-        std::stable_sort(decodes_.begin(), decodes_.end(), [](const Sequence* a, const Sequence* b) {
-            return a->last_scheduled_step < b->last_scheduled_step;
-        });
+        const auto turn = std::find_if(decodes_.begin(), decodes_.end(),
+                                       [this](const Sequence* sequence) { return sequence->id >= next_turn_; });
+        std::rotate(decodes_.begin(), turn, decodes_.end());
+        next_turn_ = decodes_[limit]->id;
         decodes_.resize(limit);
-        std::sort(decodes_.begin(), decodes_.end(), [](const Sequence* a, const Sequence* b) { return a->id < b->id; });
+        std::sort(decodes_.begin(), decodes_.end(), by_arrival);
     }
     for (Sequence* sequence : decodes_) {
         if (sequence->running) schedule_chunk(sequence, 1);  // an older one may have preempted it

@@ -55,6 +55,9 @@ class Scheduler {
     // Takes a sequence out, whatever its state, and frees its blocks.
     void remove(Sequence* sequence);
 
+    // Forgets everything, blocks included: after a broken invariant.
+    void clear();
+
     // The next step, blocks allocated; valid until the next call. Empty only when there is nothing to do.
     const std::vector<Chunk>& schedule();
 
@@ -87,6 +90,7 @@ class Scheduler {
     int32_t rows_left_ = 0;
     int32_t prefill_left_ = 0;  // prompt tokens that this step still takes
     bool preempted_ = false;    // in this step
+    int64_t next_turn_ = 0;     // id of the decode that comes first when not all fit
     int64_t step_ = 0;
     int64_t num_preemptions_ = 0;
 };

@@ -1,0 +1,37 @@
+# Every target sets itself up on a fresh clone: .venv holds the tools, the dependencies and the checkout, installed
+# editable. Python files are used where they are; the stamps rebuild the C++ when its sources change.
+MAKEFLAGS += --no-print-directory
+python := .venv/bin/python
+cpp_sources := $(shell find plugins runtime/csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test test-all check format sanitize clean
+
+demo: .venv/built  ## builds an engine from the repository's model, serves it and asks it something
+	@$(python) examples/demo.py
+
+test: check  ## what CI runs
+	@$(python) -m pytest -q
+	@$(python) examples/demo.py
+
+test-all: check  ## the heavy tests too, and the sanitizers
+	@$(python) -m pytest -q -m ""
+	@$(python) examples/demo.py
+	@ci/sanitize.sh
+
+check: .venv/tested  ## lint, formatting and types
+	@ci/check.sh
+
+format: .venv/tested
+	@ci/check.sh --fix
+
+sanitize: .venv/tested  ## the tests that run C++, under AddressSanitizer and UndefinedBehaviorSanitizer
+	@ci/sanitize.sh
+
+clean:  ## back to a fresh clone
+	rm -rf .venv build dist .mypy_cache .ruff_cache .hypothesis
+
+.venv/built: ci/setup.sh CMakeLists.txt pyproject.toml $(cpp_sources)
+	@ci/setup.sh build
+
+.venv/tested: ci/setup.sh pyproject.toml | .venv/built
+	@ci/setup.sh test

@@ -1,0 +1,270 @@
+"""Building an engine: checkpoint, graph, passes, lowering, then the files of the engine, manifest.json last.
+
+Everything is written into a directory beside the output and renamed at the end, so nothing that looks like an engine is
+left by a build that was interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engines.errors import CheckpointError, CompileError
+from ..engines.manifest import MANIFEST, FileEntry, Manifest, Model, encode_manifest, hash_file
+from ..engines.plan import Plan, encode_plan
+from ..engines.precisions import KV_CACHE_DTYPES, find_kv_cache_dtype, find_precision
+from ..engines.targets import Target, find_target
+from .checkpoint.source import Source, find_checkpoint
+from .checkpoint.tensors import Checkpoint, open_checkpoint
+from .graph.builder import GraphBuilder
+from .lower.cpu import lower
+from .lower.tensors import TensorJobs
+from .memory_plan import MemoryPlan, plan_memory
+from .models import Config, build_graph, read_config
+from .passes import run_passes
+from .passes.options import Options
+from .passes.shard import check_divisible
+from .write import weights_layout, write_weights
+
+_COPIED = {
+    "config.json": ("config", True),
+    "tokenizer.json": ("tokenizer", True),
+    "tokenizer_config.json": ("tokenizer", False),
+    "chat_template.jinja": ("template", False),
+    "generation_config.json": ("generation", False),
+}
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What `build-engine` was asked for. max_model_len: 0 means the model's own."""
+
+    model: str
+    output: Path | None
+    target: str = "cpu"
+    precision: str = "int8"
+    kv_cache_dtype: str = "auto"
+    max_model_len: int = 0
+    tensor_parallel_size: int = 1
+    save_graph: Path | None = None
+    force: bool = False
+    num_threads: int = 2
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One rank before its weights are read."""
+
+    plan: Plan
+    jobs: TensorJobs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A build as far as it goes without reading a weight."""
+
+    request: BuildRequest
+    source: Source
+    config: Config
+    target: Target
+    kv_cache_dtype: str
+    max_model_len: int
+    num_parameters: int
+    ranks: list[Lowered]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(weights_layout(rank.jobs).size for rank in self.ranks)
+
+    def memory(self, num_threads: int) -> MemoryPlan:
+        """What the engine will need."""
+        return plan_memory([rank.plan for rank in self.ranks], self.weights_bytes, num_threads)
+
+
+@contextmanager
+def prepare(request: BuildRequest) -> Iterator[Prepared]:
+    """Reads what is small, checks everything that can be checked without weights, and lowers every rank.
+
+    Raises CheckpointError, CompileError or TargetError with all that is wrong.
+    """
+    target, precision = find_target(request.target), find_precision(request.precision)
+    kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision)
+    source = find_checkpoint(request.model)
+    config = read_config(source.directory)
+    max_model_len = _max_model_len(request, config)
+    check_divisible(config, request.tensor_parallel_size)
+    _require_tokenizer(source)
+    with open_checkpoint(source.directory) as checkpoint:
+        num_parameters = sum(_num_elements(tensor.shape) for tensor in checkpoint.tensors.values())
+        ranks = []
+        for rank in range(request.tensor_parallel_size):
+            options = Options(target, precision, KV_CACHE_DTYPES[kv_cache_dtype], rank, request.tensor_parallel_size)
+            ranks.append(_lower_rank(checkpoint, config, options, request.save_graph))
+        yield Prepared(request, source, config, target, kv_cache_dtype, max_model_len, num_parameters, ranks)
+
+
+def _lower_rank(checkpoint: Checkpoint, config: Config, options: Options, save_graph: Path | None) -> Lowered:
+    stages = 0
+
+    def observe(name: str, g: GraphBuilder) -> None:
+        nonlocal stages
+        if save_graph is not None:
+            from .graph.save import save_stage
+
+            save_stage(g, save_graph, f"rank{options.rank}.{stages:02}.{name}")
+        stages += 1
+
+    g = build_graph(config, checkpoint)
+    run_passes(g, options, observe)
+    return Lowered(*lower(g, config, options))
+
+
+def build(prepared: Prepared, progress: Callable[[int], None] = lambda count: None) -> Path:
+    """Writes the engine and returns its directory; `progress` is told of bytes of weights as they are written."""
+    output = prepared.request.output
+    assert output is not None
+    _require_vacant(output, prepared.request.force)
+    try:
+        with _beside(output) as partial:
+            _require_space(partial, prepared.weights_bytes)
+            _write_files(prepared, partial, progress)
+            _publish(partial, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CompileError(_disk_full(output, prepared.weights_bytes)) from None
+        raise CompileError(f"{output}: cannot be written: {error}.") from None
+    return output
+
+
+def _write_files(prepared: Prepared, directory: Path, progress: Callable[[int], None]) -> None:
+    files: dict[str, FileEntry] = {}
+    for name, (role, _) in _COPIED.items():
+        if (origin := prepared.source.directory / name).is_file():
+            shutil.copyfile(origin, directory / name)
+            files[name] = hash_file(directory / name, role, Path(name).suffix[1:])
+    for rank, lowered in enumerate(prepared.ranks):
+        name = f"plan.rank{rank}.msgpack"
+        (directory / name).write_bytes(encode_plan(lowered.plan))
+        files[name] = hash_file(directory / name, "plan", "msgpack", rank)
+        name = f"weights.rank{rank}.safetensors"
+        write_weights(directory / name, lowered.jobs, prepared.request.num_threads, progress)
+        files[name] = hash_file(directory / name, "weights", "safetensors", rank)
+    partial = directory / f"{MANIFEST}.partial"
+    partial.write_bytes(encode_manifest(_manifest(prepared, files)))
+    os.rename(partial, directory / MANIFEST)
+
+
+def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:
+    request, config = prepared.request, prepared.config
+    memory = prepared.memory(num_threads=1)
+    return Manifest(
+        model=Model(
+            architecture=config.model_type,
+            source=Path(request.model).name if Path(request.model).is_dir() else request.model,
+            revision=prepared.source.revision,
+            vocab_size=config.vocab_size,
+            max_model_len=config.max_model_len,
+            num_parameters=prepared.num_parameters,
+        ),
+        target=prepared.target.name,
+        precision=request.precision,
+        kv_cache_dtype=prepared.kv_cache_dtype,
+        default_max_model_len=prepared.max_model_len,
+        tensor_parallel_size=request.tensor_parallel_size,
+        memory={
+            "weights": memory.weights,
+            "activations": memory.activations,
+            "state_per_token": memory.state_bytes_per_token,
+        },
+        files=files,
+    )
+
+
+def _max_model_len(request: BuildRequest, config: Config) -> int:
+    if not 0 <= request.max_model_len <= config.max_model_len:
+        raise CompileError(
+            f"--max-model-len {request.max_model_len}: {request.model} is made for at most {config.max_model_len} tokens."
+        )
+    return request.max_model_len or config.max_model_len
+
+
+def _require_tokenizer(source: Source) -> None:
+    if (source.directory / "tokenizer.json").is_file():
+        return
+    convert = (
+        f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{source.directory}')"
+        f".save_pretrained('{source.directory}')\""
+    )
+    raise CheckpointError(
+        f"{source.name}: no tokenizer.json. If it has another kind of tokenizer, convert it: {convert}"
+    )
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _require_vacant(output: Path, force: bool) -> None:
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not force:
+        raise CompileError(f"{output}: exists. Choose another directory, or replace it with --force.")
+    if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise CompileError(
+            f"{output}: is no engine, so --force does not replace it. Remove it yourself, or choose another."
+        )
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """An empty directory beside `output`, locked against other builds and removed at the end if it is still there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.building"
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CompileError(
+                f"{output}: another build is writing it now. Wait for it, or choose another directory."
+            ) from None
+        try:
+            for leftover in partial.iterdir():  # of a build that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Renames the finished engine into place; an engine that it replaces goes first, its manifest before the rest."""
+    if output.exists():
+        (output / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(output)
+    os.rename(partial, output)
+
+
+def _require_space(directory: Path, needed: int) -> None:
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _disk_full(output: Path, needed: int) -> str:
+    free = shutil.disk_usage(output.parent).free
+    return (
+        f"{output}: the disk is full: the engine needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. "
+        f"Free some space, or choose a directory on another disk. Nothing was left behind."
+    )

@@ -1,0 +1,175 @@
+"""The command build-engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from ..engines.errors import EngineryError
+from ..engines.precisions import KV_CACHE_DTYPES, PRECISIONS
+from ..engines.sizes import format_bytes, parse_bytes
+from ..engines.targets import TARGETS
+
+if TYPE_CHECKING:
+    from .build import BuildRequest, Prepared
+
+_REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
+
+
+@click.command(name="build-engine", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the engine. Must not exist.")
+@click.option("--target", default="cpu", show_default=True, help=f"cpu (this machine's best), {', '.join(TARGETS)}.")
+@click.option("--precision", default="int8", show_default=True, help=f"{', '.join(PRECISIONS)}.")
+@click.option("--kv-cache-dtype", default="auto", show_default=True, help=f"auto, {', '.join(KV_CACHE_DTYPES)}.")
+@click.option("--max-model-len", type=click.IntRange(1), help="Default context length. [default: the model's own]")
+@click.option(
+    "--tensor-parallel-size", type=click.IntRange(1, 64), default=1, show_default=True, help="Ranks to shard for."
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Print what the engine will need, and build nothing.")
+@click.option("--memory", help="With --plan: the memory to plan for, such as 16GiB. [default: this machine's]")
+@click.option(
+    "--save-graph", type=click.Path(path_type=Path), help="Directory for the graph after every pass (ONNX and text)."
+)
+@click.option("--force", is_flag=True, help="Replace an engine that exists.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=os.cpu_count(), help="Threads that pack weights. [default: all cores]"
+)
+def build_engine(
+    model: str,
+    output: Path | None,
+    target: str,
+    precision: str,
+    kv_cache_dtype: str,
+    max_model_len: int | None,
+    tensor_parallel_size: int,
+    plan_only: bool,
+    memory: str | None,
+    save_graph: Path | None,
+    force: bool,
+    threads: int,
+) -> None:
+    """Compile MODEL, a Hugging Face checkpoint (a directory or a hub id), into an engine.
+
+    The engine runs on the target's machines; it can be built on any machine.
+    """
+    _require_extra()
+    if output is None and not plan_only:
+        raise click.UsageError("Missing option '-o' / '--output': the directory of the engine.")
+    from .build import BuildRequest
+
+    request = BuildRequest(
+        model=model,
+        output=output,
+        target=target,
+        precision=precision,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len or 0,
+        tensor_parallel_size=tensor_parallel_size,
+        save_graph=save_graph,
+        force=force,
+        num_threads=threads,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _run(request, plan_only, parse_bytes(memory) if memory else _machine_memory())
+    except EngineryError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("Interrupted. Nothing was left behind.", err=True)
+        sys.exit(130)
+
+
+def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
+    from .build import build, prepare
+
+    started = time.monotonic()
+    with prepare(request) as prepared:
+        if plan_only:
+            _print_plan(prepared, memory_bytes)
+            return
+        with _Progress(prepared.weights_bytes) as progress:
+            output = build(prepared, progress.advance)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    seconds = time.monotonic() - started
+    click.echo(
+        f"{output}: {prepared.config.model_type} {request.precision} for {prepared.target.name}, {format_bytes(size)}, {seconds:.1f} s"
+    )
+
+
+class _Progress:
+    """A bar on a terminal, a line for every tenth elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._told = max(total, 1), 0, 0
+        self._bar = click.progressbar(length=self._total, label="Writing weights") if sys.stderr.isatty() else None
+
+    def __enter__(self) -> _Progress:
+        if self._bar is not None:
+            self._bar.file = sys.stderr
+            self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.render_finish()
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are written."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif (tenth := self._done * 10 // self._total) > self._told:
+            self._told = tenth
+            click.echo(f"weights: {min(tenth, 10) * 10} % of {format_bytes(self._total)}", err=True)
+
+
+def _print_plan(prepared: Prepared, memory_bytes: int) -> None:
+    threads = max(1, (os.cpu_count() or 1) // len(prepared.ranks))
+    memory = prepared.memory(threads)
+    request, config = prepared.request, prepared.config
+    length = prepared.max_model_len
+    rows = [
+        ("model", f"{request.model} ({config.model_type}, {prepared.num_parameters / 1e6:,.1f} M parameters)"),
+        (
+            "engine",
+            f"{prepared.target.name}, {request.precision}, KV cache {prepared.kv_cache_dtype}, ranks {len(prepared.ranks)}",
+        ),
+        ("weights", f"{format_bytes(memory.weights)} ({memory.weights} bytes)"),
+        ("activations", f"{format_bytes(memory.activations)} ({memory.activations} bytes, {threads} threads a rank)"),
+        ("state per token", f"{memory.state_bytes_per_token} bytes"),
+        ("state of one sequence", f"{format_bytes(memory.sequence_bytes(length))} at {length} tokens"),
+    ]
+    for name, text in rows:
+        click.echo(f"{name:22} {text}")
+    click.echo(f"\nIn {format_bytes(memory_bytes)} of memory:")
+    if memory.largest_length(memory_bytes, 1, length) < 1:
+        click.echo(f"  nothing: weights and activations alone take {format_bytes(memory.weights + memory.activations)}")
+    for batch in (1, 4, 16, 64):
+        if longest := memory.largest_length(memory_bytes, batch, length):
+            click.echo(f"  {batch:3} x {longest:,} tokens")
+    click.echo(f"  {memory.largest_batch(memory_bytes, length):,} x {length:,} tokens, the longest")
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _require_extra() -> None:
+    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        click.echo(f'build-engine needs {", ".join(missing)}: pip install "enginery[compiler]"', err=True)
+        sys.exit(2)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

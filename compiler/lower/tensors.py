@@ -1,0 +1,92 @@
+"""The tensors of an engine: what each is made from, and in which layout. Nothing is read before the engine is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ...engines.layouts import padded_rows
+from ...engines.weights import Tensor
+from ..checkpoint.weights import Weight
+from ..graph.builder import LazyWeight, weight_of
+
+_MATRIX_LAYOUTS = {"f32": "f32_k1n16.v0", "bf16": "bf16_k2n16.v0", "int8": "int8_k4n16.v0"}
+_ROW_LAYOUTS = {"f32": "rows_f32.v0", "bf16": "rows_bf16.v0"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stored tensor. source: lazy weight or small array; gated: gate's and up's rows interleave in panels of 16;
+    scale and sum of an int8 matrix are jobs without a source, filled while the matrix is packed."""
+
+    tensor: Tensor
+    source: Weight | NDArray[np.float32] | None
+    gated: bool = False
+
+
+class TensorJobs:
+    """Every tensor of a rank by name, each once."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Job] = {}
+
+    def has(self, name: str) -> bool:
+        """True if there is such a tensor."""
+        return name in self.jobs
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes in the file."""
+        return self.jobs[name].tensor.num_bytes
+
+    def rows_of(self, name: str) -> int:
+        """Rows of the logical matrix."""
+        return self.jobs[name].tensor.rows
+
+    def matrix(self, value: ir.Value, precision: str, gated: bool = False) -> str:
+        """The packed matrix of a Linear, with scales and sums for int8."""
+        weight, name = weight_of(value), value.name or ""
+        rows = 2 * padded_rows(weight.num_rows // 2) if gated else weight.num_rows
+        sources = tuple(map(str, weight.parts))
+        self._add(Job(Tensor(name, _MATRIX_LAYOUTS[precision], rows, weight.num_columns, sources), weight, gated))
+        if precision == "int8":
+            self._add(Job(Tensor(f"{name}.scale", "scale_f32.v0", rows, 1), None, gated))
+            self._add(Job(Tensor(f"{name}.sum", "sum_i32.v0", rows, 1), None, gated))
+        return name
+
+    def table(self, value: ir.Value, precision: str) -> str:
+        """An embedding table: the head's own packed matrix if that is tied to it, else plain rows."""
+        tied = any(use.node.op_type == "Linear" for use in value.uses())
+        if tied:
+            return self.matrix(value, precision)
+        weight, name = weight_of(value), value.name or ""
+        tensor = Tensor(
+            name, _ROW_LAYOUTS[precision], weight.num_rows, weight.num_columns, tuple(map(str, weight.parts))
+        )
+        self._add(Job(tensor, weight))
+        return name
+
+    def vector(self, value: ir.Value) -> str:
+        """A norm's weight or a table of frequencies, as one row of float32."""
+        name = value.name or ""
+        if isinstance(value.const_value, LazyWeight):
+            weight = weight_of(value)
+            self._add(Job(Tensor(name, "rows_f32.v0", 1, weight.num_rows, tuple(map(str, weight.parts))), weight))
+        else:
+            assert value.const_value is not None
+            array = np.asarray(value.const_value.numpy(), np.float32)
+            self._add(Job(Tensor(name, "rows_f32.v0", 1, array.size), array))
+        return name
+
+    def bias(self, value: ir.Value, gated: bool = False) -> str:
+        """A bias, padded as its matrix is."""
+        weight, name = weight_of(value), value.name or ""
+        rows = 2 * padded_rows(weight.num_rows // 2) if gated else weight.num_rows
+        self._add(Job(Tensor(name, "bias_f32.v0", rows, 1, tuple(map(str, weight.parts))), weight, gated))
+        return name
+
+    def _add(self, job: Job) -> None:
+        known = self.jobs.setdefault(job.tensor.name, job)
+        assert known.tensor == job.tensor, f"{job.tensor.name} is asked for in two ways"

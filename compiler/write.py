@@ -1,0 +1,168 @@
+"""Writing a rank's weights: rows of the checkpoint are read, packed and written a few megabytes at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.errors import CheckpointError
+from ..engines.layouts import LAYOUTS, ROW_PADDING, padded_columns, padded_rows, round_up
+from ..engines.weights import WeightsFile, lay_out
+from ..plugins.linear.layouts import interleave_gated, pad_vector
+from .checkpoint.tensors import ELEMENT_BYTES
+from .checkpoint.weights import Weight
+from .lower.tensors import Job, TensorJobs
+
+# Source bytes of one step: large enough for fast reads and writes, small beside any model.
+_CHUNK_BYTES = 8 << 20
+
+Progress = Callable[[int], None]
+
+
+def weights_layout(jobs: TensorJobs) -> WeightsFile:
+    """Where every tensor will stand: the header and the file's size, before anything is read."""
+    return lay_out([job.tensor for job in jobs.jobs.values()])
+
+
+def write_weights(
+    path: Path, jobs: TensorJobs, num_threads: int, progress: Progress = lambda count: None
+) -> WeightsFile:
+    """Writes the weights file of a rank; `progress` is told of bytes as they are written.
+
+    Raises CheckpointError where a value is not finite, OSError where the disk refuses.
+    """
+    layout = weights_layout(jobs)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.truncate(descriptor, layout.size)
+        _write_at(descriptor, memoryview(layout.header), 0)
+        writer = _Writer(descriptor, layout, num_threads, progress)
+        for job in jobs.jobs.values():
+            writer.write(job, jobs)
+    finally:
+        os.close(descriptor)
+    return layout
+
+
+class _Writer:
+    """Packs one tensor after the other into an open file."""
+
+    def __init__(self, descriptor: int, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
+        self._descriptor, self._layout, self._num_threads, self._progress = descriptor, layout, num_threads, progress
+        self._out = np.empty(0, np.uint8)
+
+    def write(self, job: Job, jobs: TensorJobs) -> None:
+        name = job.tensor.name
+        if job.source is None:
+            return  # a scale or a sum: written with its matrix
+        if isinstance(job.source, np.ndarray):
+            self._put(name, np.ascontiguousarray(job.source, np.float32))
+        elif LAYOUTS[job.tensor.layout].vector or job.tensor.rows == 1 and job.source.vector:
+            self._put(name, _vector(job, job.source))
+        else:
+            self._matrix(job, job.source)
+
+    def _matrix(self, job: Job, weight: Weight) -> None:
+        tensor, layout = job.tensor, LAYOUTS[job.tensor.layout]
+        halves = _halves(weight) if job.gated else [weight]
+        count, columns = halves[0].num_rows, weight.num_columns
+        row_bytes = columns * ELEMENT_BYTES[weight.dtype]
+        step = max(round_up(_CHUNK_BYTES // max(row_bytes, 1), ROW_PADDING), ROW_PADDING)
+        scale = np.zeros(padded_rows(tensor.rows), np.float32) if tensor.layout.startswith("int8") else None
+        sums = np.zeros(padded_rows(tensor.rows), np.int32) if scale is not None else None
+        offset = self._layout.placed[tensor.name].offset
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            first = start * len(halves)
+            rows = (padded_rows(stop - start) if layout.padded else stop - start) * len(halves)
+            size = rows * (padded_columns(columns) if layout.padded else columns) * layout.element_bytes
+            out = self._buffer(size)
+            for index, half in enumerate(halves):
+                self._pack(half, start, stop, job, out, first, index, scale, sums)
+            _write_at(self._descriptor, memoryview(out), offset)
+            offset += size
+            self._progress(size)
+        if scale is not None and sums is not None:
+            self._put(f"{tensor.name}.scale", scale)
+            self._put(f"{tensor.name}.sum", sums)
+
+    def _pack(
+        self,
+        weight: Weight,
+        start: int,
+        stop: int,
+        job: Job,
+        out: NDArray[np.uint8],
+        first: int,
+        half: int,
+        scale: NDArray[np.float32] | None,
+        sums: NDArray[np.int32] | None,
+    ) -> None:
+        """Rows [start, stop) of `weight` into the panels of `out`; the tensor's row `first` is out's first."""
+        from ._pack import pack_rows
+
+        tensor, stride = job.tensor, 2 if job.gated else 1
+        panel_bytes = ROW_PADDING * padded_columns(tensor.columns) * LAYOUTS[tensor.layout].element_bytes
+        begin = first + half * ROW_PADDING
+        bad = pack_rows(
+            weight.read(start, stop),
+            weight.dtype.lower(),
+            stop - start,
+            tensor.columns,
+            tensor.layout,
+            out[half * panel_bytes :],
+            None if scale is None else scale[begin:],
+            None if sums is None else sums[begin:],
+            add=weight.add,
+            panel_stride=stride,
+            num_threads=self._num_threads,
+        )
+        if bad >= 0:
+            raise _non_finite(weight, start + bad // tensor.columns, bad % tensor.columns, tensor.layout)
+
+    def _put(self, name: str, array: NDArray[np.float32] | NDArray[np.int32]) -> None:
+        _write_at(self._descriptor, memoryview(array).cast("B"), self._layout.placed[name].offset)
+        self._progress(array.nbytes)
+
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        if len(self._out) < size:
+            self._out = np.empty(size, np.uint8)
+        return self._out[:size]
+
+
+def _halves(weight: Weight) -> list[Weight]:
+    """Gate and up of a gated weight."""
+    middle = weight.num_rows // 2
+    return [weight.take_rows(0, middle), weight.take_rows(middle, weight.num_rows)]
+
+
+def _vector(job: Job, weight: Weight) -> NDArray[np.float32]:
+    values = weight.numpy()
+    if not np.isfinite(values).all():
+        raise _non_finite(weight, int(np.argmin(np.isfinite(values))), 0, job.tensor.layout)
+    if job.tensor.layout == "rows_f32.v0":
+        return np.ascontiguousarray(values)
+    if job.gated:
+        middle = len(values) // 2
+        return np.ascontiguousarray(interleave_gated(values[:middle], values[middle:]))
+    return pad_vector(values)
+
+
+def _non_finite(weight: Weight, row: int, column: int, layout: str) -> CheckpointError:
+    part = weight.take_rows(row, row + 1).parts[0]
+    place = f"[{part.rows[0]}]" if weight.vector else f"[{part.rows[0]}, {part.columns[0] + column}]"
+    return CheckpointError(
+        f"{weight.checkpoint.directory}: {part.tensor}{place} is not a finite number (or not one in {layout}). "
+        f"The checkpoint is damaged: download it again, or export it again."
+    )
+
+
+def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
+    view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,18 @@
+"""Defaults that the compiler's memory plan and the runtime share."""
+
+from __future__ import annotations
+
+# A CPU server does best with small steps: long chunks of prompts would stop everybody's stream (DESIGN section 6).
+MAX_NUM_BATCHED_TOKENS = 128
+MAX_NUM_SEQS = 64
+
+# What every thread, and what a rank's threads together, have as scratch: kThreadScratchBytes and kSharedScratchBytes
+# of plugins/kernel.h. A test compares them.
+THREAD_SCRATCH_BYTES = 1 << 20
+SHARED_SCRATCH_BYTES = 1 << 20
+
+
+def step_limits(max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, int]:
+    """The largest values of a step's variables. Rows: one for each sequence, and room for prompts that are scored."""
+    tokens = max(max_num_batched_tokens, max_num_seqs)
+    return {"tokens": tokens, "rows": max_num_seqs, "sequences": max_num_seqs}

@@ -1,0 +1,235 @@
+// Single operators for Python: what the tests and the compiler's checks run.
+#include "kernels_module.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "call_reader.h"
+#include "collectives.h"
+#include "cpu_features.h"
+#include "errors.h"
+#include "mapping.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+
+namespace enginery {
+
+namespace {
+
+using AnyArray = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using Int32Array = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Int64Array = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+T get(const nb::dict& from, const char* key, T otherwise) {
+    return from.contains(key) ? nb::cast<T>(from[key]) : otherwise;
+}
+
+OperandKind read_kind(const std::string& kind) {
+    if (kind == "buffer") return OperandKind::kBuffer;
+    if (kind == "weight") return OperandKind::kWeight;
+    if (kind == "state") return OperandKind::kState;
+    if (kind == "input") return OperandKind::kInput;
+    throw nb::value_error(("an operand's kind is buffer, weight, input or state, not " + kind).c_str());
+}
+
+Attribute read_attribute(nb::handle value) {
+    if (nb::isinstance<nb::bool_>(value)) return nb::cast<bool>(value);
+    if (nb::isinstance<nb::int_>(value)) return nb::cast<int64_t>(value);
+    if (nb::isinstance<nb::float_>(value)) return nb::cast<double>(value);
+    return nb::cast<std::string>(value);
+}
+
+StateGroupSpec read_group(const nb::dict& from) {
+    StateGroupSpec group;
+    group.name = get<std::string>(from, "name", "");
+    group.kind = get<std::string>(from, "kind", "full");
+    group.window = get<int32_t>(from, "window", 0);
+    group.num_layers = get<int32_t>(from, "num_layers", 1);
+    group.block_size = nb::cast<int32_t>(from["block_size"]);
+    group.block_bytes = nb::cast<int64_t>(from["block_bytes"]);
+    group.num_kv_heads = nb::cast<int32_t>(from["num_kv_heads"]);
+    group.head_dim = nb::cast<int32_t>(from["head_dim"]);
+    group.dtype = nb::cast<std::string>(from["dtype"]);
+    return group;
+}
+
+// A step's arrays, kept alive beside the step that points into them.
+struct StepArrays {
+    Step step;
+    std::vector<Int32Array> int32_arrays;
+    std::vector<Int64Array> int64_arrays;
+
+    const int32_t* read(const nb::dict& from, const char* key, int32_t& count) {
+        if (!from.contains(key)) return nullptr;
+        int32_arrays.push_back(nb::cast<Int32Array>(from[key]));
+        count = static_cast<int32_t>(int32_arrays.back().size());
+        return int32_arrays.back().data();
+    }
+};
+
+void require(bool holds, const char* what) {
+    if (!holds) throw nb::value_error(what);
+}
+
+bool all_below(const int32_t* values, int32_t count, int64_t end) {
+    return values == nullptr || std::all_of(values, values + count, [&](int32_t v) { return v >= 0 && v < end; });
+}
+
+StepArrays read_step(const nb::dict& from) {
+    StepArrays arrays;
+    Step& step = arrays.step;
+    step.num_tokens = get<int32_t>(from, "num_tokens", 0);
+    step.token_ids = arrays.read(from, "token_ids", step.num_tokens);
+    step.positions = arrays.read(from, "positions", step.num_tokens);
+    const auto of_tokens = [&](const char* key) {
+        int32_t count = step.num_tokens;
+        const int32_t* data = arrays.read(from, key, count);
+        require(count == step.num_tokens, "the step's arrays of tokens differ in length");
+        return data;
+    };
+    step.token_ids = of_tokens("token_ids");
+    step.token_sequence = of_tokens("token_sequence");
+    step.prompt_lengths = of_tokens("prompt_lengths");
+    step.num_rows = get<int32_t>(from, "num_rows", 0);
+    step.rows = arrays.read(from, "rows", step.num_rows);
+    require(all_below(step.rows, step.num_rows, step.num_tokens), "a row is no token of the step");
+    int32_t starts = 1;
+    step.query_start = arrays.read(from, "query_start", starts);
+    step.num_sequences = std::max(starts - 1, get<int32_t>(from, "num_sequences", 0));
+    require(all_below(step.positions, step.num_tokens, INT32_MAX), "a position is negative");
+    for (const nb::handle item : get<nb::list>(from, "groups", nb::list())) {
+        const auto group = nb::cast<nb::dict>(item);
+        GroupStep& to = step.groups.emplace_back();
+        if (group.contains("block_table")) {
+            arrays.int32_arrays.push_back(nb::cast<Int32Array>(group["block_table"]));
+            const Int32Array& table = arrays.int32_arrays.back();
+            require(table.ndim() == 2, "a block table has a row for each sequence");
+            step.num_sequences = std::max(step.num_sequences, static_cast<int32_t>(table.shape(0)));
+            to.block_table = table.data();
+            to.max_blocks = static_cast<int32_t>(table.shape(1));
+        }
+        if (group.contains("slots")) {
+            arrays.int64_arrays.push_back(nb::cast<Int64Array>(group["slots"]));
+            require(arrays.int64_arrays.back().size() == static_cast<size_t>(step.num_tokens), "slots are one for each token");
+            to.slots = arrays.int64_arrays.back().data();
+        }
+    }
+    require(all_below(step.token_sequence, step.num_tokens, step.num_sequences), "a token's sequence does not exist");
+    return arrays;
+}
+
+// Slots and blocks that `group`'s arena does not have would be read and written beside it.
+void check_group(const Step& step, size_t index, const StateGroupSpec& group, int32_t num_blocks) {
+    require(index < step.groups.size(), "the step lacks a state group");
+    const GroupStep& at = step.groups[index];
+    for (int32_t token = 0; at.slots != nullptr && token < step.num_tokens; ++token) {
+        require(at.slots[token] < int64_t{num_blocks} * group.block_size, "a slot is beyond the state");
+    }
+    if (at.block_table == nullptr || step.positions == nullptr) return;
+    require(step.token_sequence != nullptr, "attention needs token_sequence");
+    for (int32_t token = 0; token < step.num_tokens; ++token) {
+        require(step.positions[token] / group.block_size < at.max_blocks, "a position is beyond its block table");
+    }
+    const int64_t entries = int64_t{at.max_blocks} * step.num_sequences;
+    for (int64_t i = 0; i < entries; ++i) require(at.block_table[i] < num_blocks, "a block is beyond the state");
+}
+
+CallSpec read_call(const nb::dict& from, const Step& step) {
+    CallSpec call;
+    call.op = nb::cast<std::string>(from["op"]);
+    call.version = get<int32_t>(from, "version", 0);
+    call.max_tokens = get<int64_t>(from, "max_tokens", step.num_tokens);
+    call.max_rows = get<int64_t>(from, "max_rows", step.num_rows);
+    call.max_sequences = get<int64_t>(from, "max_sequences", step.num_sequences);
+    require(call.max_tokens >= step.num_tokens && call.max_rows >= step.num_rows, "the step is larger than the call's");
+    for (const auto [key, value] : nb::cast<nb::dict>(from["attributes"])) {
+        call.attributes[nb::cast<std::string>(key)] = read_attribute(value);
+    }
+    for (const auto [key, value] : nb::cast<nb::dict>(from["operands"])) {
+        const auto name = nb::cast<std::string>(key);
+        const auto fields = nb::cast<nb::dict>(value);
+        OperandSpec& operand = call.operands[name];
+        operand.kind = read_kind(nb::cast<std::string>(fields["kind"]));
+        operand.name = get<std::string>(fields, "name", name);
+        operand.layout = get<std::string>(fields, "layout", "");
+        operand.index = get<int32_t>(fields, "index", 0);
+        operand.layer = get<int32_t>(fields, "layer", operand.kind == OperandKind::kState ? 0 : -1);
+    }
+    return call;
+}
+
+KernelFactory find_factory(const std::string& isa, const CallSpec& call) {
+    for (const KernelEntry& entry : find_kernels(isa)) {
+        if (call.op == entry.op && call.version == entry.version) return entry.make;
+    }
+    throw EngineFormatError("This runtime has no CPU operator '" + call.op + "' in version " + std::to_string(call.version) + ".");
+}
+
+void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dict& arrays, const nb::dict& step_fields,
+              int32_t num_threads) {
+    require(num_threads >= 1 && num_threads <= 256, "num_threads is from 1 to 256");
+    const StepArrays step_arrays = read_step(step_fields);
+    const Step& step = step_arrays.step;
+    CallSpec call = read_call(call_fields, step);
+    std::vector<StateGroupSpec> groups;
+    for (const nb::handle group : get<nb::list>(call_fields, "groups", nb::list())) {
+        groups.push_back(read_group(nb::cast<nb::dict>(group)));
+    }
+    std::vector<int32_t> num_blocks(groups.size(), 0);
+    std::vector<AnyArray> kept;
+    Collectives collectives({num_threads}, should_spin(num_threads));
+    Binding binding;
+    binding.num_threads = num_threads;
+    binding.collectives = &collectives;
+    for (const auto [key, value] : arrays) {
+        const auto name = nb::cast<std::string>(key);
+        const auto found = call.operands.find(name);
+        require(found != call.operands.end(), ("there is an array but no operand " + name).c_str());
+        OperandSpec& operand = found->second;
+        const AnyArray& array = kept.emplace_back(nb::cast<AnyArray>(value));
+        BoundOperand bound{static_cast<std::byte*>(array.data()), 0};
+        operand.bytes = static_cast<int64_t>(array.nbytes());
+        if (get<bool>(nb::cast<nb::dict>(call_fields["operands"][key]), "per_thread", false)) {
+            operand.bytes = operand.bytes / num_threads / 4 * 4;
+            bound.thread_stride = operand.bytes;
+        }
+        const auto index = static_cast<size_t>(operand.index);
+        if (operand.kind == OperandKind::kState && operand.index >= 0 && index < groups.size()) {
+            num_blocks[index] = static_cast<int32_t>(operand.bytes / std::max<int64_t>(1, groups[index].block_bytes));
+            check_group(step, index, groups[index], num_blocks[index]);
+        }
+        binding.operands[name] = bound;
+    }
+    binding.groups = groups;
+    binding.num_blocks = num_blocks;
+    const std::unique_ptr<Kernel> kernel = find_factory(isa, call)(call, binding);
+    const Mapping scratch = Mapping::of_zeros((kThreadScratchBytes + kSharedScratchBytes) * num_threads, "scratch");
+    std::atomic<int64_t> counter{0};
+    ThreadPool pool(num_threads);
+    const nb::gil_scoped_release release;
+    pool.run([&](int32_t thread) {
+        Team team;
+        team.thread = thread;
+        team.num_threads = num_threads;
+        team.scratch = scratch.data() + kThreadScratchBytes * thread;
+        team.shared_scratch = scratch.data() + kThreadScratchBytes * num_threads;
+        team.shared_scratch_bytes = kSharedScratchBytes * num_threads;
+        team.counter = &counter;
+        kernel->run(step, team);
+    });
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& module) {
+    module.def("cpu_features", &cpu_features, "The ISA features of this machine that targets ask for.");
+    module.def("run_call", &run_call, nb::arg("isa"), nb::arg("call"), nb::arg("operands"), nb::arg("step"),
+               nb::arg("num_threads") = 1, "Runs one operator's kernel on arrays, in place; for tests and checks.");
+}
+
+}  // namespace enginery

@@ -1,0 +1,68 @@
+#include "mapping.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "errors.h"
+
+namespace enginery {
+
+namespace {
+
+// Closes a descriptor when a scope ends, however it ends.
+struct Descriptor {
+    int number;
+    ~Descriptor() {
+        if (number >= 0) close(number);
+    }
+};
+
+}  // namespace
+
+Mapping::~Mapping() {
+    if (data_ != nullptr) munmap(data_, static_cast<size_t>(bytes_));
+}
+
+Mapping& Mapping::operator=(Mapping&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+}
+
+Mapping Mapping::of_file(const std::string& path, int64_t bytes) {
+    // O_NONBLOCK: a FIFO in the file's place must not hold the loader up.
+    const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+    if (file.number < 0) throw EngineFormatError(path + ": cannot be opened: " + std::strerror(errno) + ".");
+    struct stat status {};
+    if (fstat(file.number, &status) != 0) throw EngineFormatError(path + ": " + std::strerror(errno) + ".");
+    if (!S_ISREG(status.st_mode)) throw EngineFormatError(path + ": is not a regular file.");
+    if (status.st_size != bytes || bytes <= 0) {
+        throw EngineFormatError(path + ": wanted " + std::to_string(bytes) + " bytes, found " +
+                                std::to_string(status.st_size) + ". Copy or build the engine again.");
+    }
+    void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ, MAP_PRIVATE, file.number, 0);
+    if (data == MAP_FAILED) throw CapacityError(path + ": cannot be mapped: " + std::strerror(errno) + ".");
+    madvise(data, static_cast<size_t>(bytes), MADV_WILLNEED);
+    return Mapping(data, bytes);
+}
+
+Mapping Mapping::of_zeros(int64_t bytes, const std::string& purpose) {
+    if (bytes == 0) return {};
+    void* data = MAP_FAILED;
+    if (bytes > 0) {
+        data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    }
+    if (data == MAP_FAILED) {
+        throw CapacityError("No memory for " + purpose + ": " + std::to_string(bytes) +
+                            " bytes. Lower --max-num-batched-tokens or --kv-cache-memory-bytes.");
+    }
+    return Mapping(data, bytes);
+}
+
+}  // namespace enginery

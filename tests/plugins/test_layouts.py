@@ -1,0 +1,217 @@
+"""The packer against the layouts in NumPy, bit for bit; the layouts against their definition in FORMAT.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from enginery.compiler._pack import pack_rows
+from enginery.engines.layouts import LAYOUTS, padded_columns, padded_rows
+from enginery.plugins.linear import layouts
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+PACKED = ["f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0"]
+ROWS = ["rows_f32.v0", "rows_bf16.v0"]
+SOURCES = ["f32", "bf16", "f16"]
+SHAPES = st.tuples(st.integers(1, 50), st.integers(1, 200))
+
+
+def weights(n: int, k: int, seed: int) -> NDArray[np.float32]:
+    """Rows of very different sizes, with ties of rounding, zeros of both signs and whole rows of them."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n, k)) * 10.0 ** rng.integers(-4, 4, (n, 1))
+    w[rng.random((n, k)) < 0.1] = -0.0
+    w[rng.random(n) < 0.1] = 0.0
+    ties = rng.random(n) < 0.2
+    w[ties] = rng.integers(-254, 255, (int(ties.sum()), k)) / 2
+    w[ties, 0] = 127
+    return w.astype(np.float32)
+
+
+def stored(w: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The bytes of w as a checkpoint stores it in dtype, and those values in float32."""
+    if dtype == "bf16":
+        bits = layouts.to_bf16(w)
+        return bits.view(np.uint8), layouts.from_bf16(bits)
+    values = w.astype(np.float16 if dtype == "f16" else np.float32)
+    return values.view(np.uint8), values.astype(np.float32)
+
+
+def expected(w: NDArray[np.float32], layout: str) -> tuple[bytes, bytes, bytes]:
+    """Bytes of the packed matrix, of its scale and of its sums."""
+    if layout == "int8_k4n16.v0":
+        q, scale = layouts.quantize_int8(w)
+        sums = layouts.row_sums(q)
+        return tuple(x.tobytes() for x in (layouts.pack_int8_k4n16(q), *map(layouts.pad_vector, (scale, sums))))
+    whole = {
+        "f32_k1n16.v0": layouts.pack_f32_k1n16,
+        "bf16_k2n16.v0": layouts.pack_bf16_k2n16,
+        "rows_f32.v0": np.array,
+        "rows_bf16.v0": layouts.to_bf16,
+    }[layout](w)
+    return whole.tobytes(), b"", b""
+
+
+def pack(source: Array, dtype: str, n: int, k: int, layout: str, **options: Any) -> tuple[bytes, bytes, bytes]:
+    """What pack_rows writes, where there was garbage before; it must find all values finite."""
+    out = np.full(LAYOUTS[layout].num_bytes(n, k), 0xAA, np.uint8)
+    is_int8 = layout == "int8_k4n16.v0"
+    scale = np.full(padded_rows(n), np.nan, np.float32) if is_int8 else None
+    sums = np.full(padded_rows(n), -7, np.int32) if is_int8 else None
+    assert pack_rows(source, dtype, n, k, layout, out, scale, sums, **options) == -1
+    return out.tobytes(), b"" if scale is None else scale.tobytes(), b"" if sums is None else sums.tobytes()
+
+
+@pytest.mark.parametrize("dtype", SOURCES)
+@pytest.mark.parametrize("layout", PACKED + ROWS)
+@given(shape=SHAPES, seed=st.integers(0, 1000), add=st.sampled_from([0.0, 1.0]), num_threads=st.integers(1, 4))
+def test_packer_equals_numpy(
+    dtype: str, layout: str, shape: tuple[int, int], seed: int, add: float, num_threads: int
+) -> None:
+    source, w = stored(weights(*shape, seed), dtype)
+    wanted = expected(w + np.float32(add) if add else w, layout)
+    assert pack(source, dtype, *shape, layout, add=add, num_threads=num_threads) == wanted
+
+
+@given(shape=SHAPES, seed=st.integers(0, 1000))
+def test_unpack_restores_what_was_packed(shape: tuple[int, int], seed: int) -> None:
+    w = weights(*shape, seed)
+    np.testing.assert_array_equal(layouts.unpack_f32_k1n16(layouts.pack_f32_k1n16(w), *shape), w)
+    rounded = layouts.from_bf16(layouts.to_bf16(w))
+    np.testing.assert_array_equal(layouts.unpack_bf16_k2n16(layouts.pack_bf16_k2n16(w), *shape), rounded)
+    q, _ = layouts.quantize_int8(w)
+    np.testing.assert_array_equal(layouts.unpack_int8_k4n16(layouts.pack_int8_k4n16(q), *shape), q)
+
+
+@pytest.mark.parametrize(("layout", "columns"), [("f32_k1n16.v0", 1), ("bf16_k2n16.v0", 2), ("int8_k4n16.v0", 4)])
+def test_element_lies_where_the_format_says(layout: str, columns: int) -> None:
+    n, k = 35, 70
+    for row, column in [(0, 0), (15, 3), (16, 1), (34, 69), (20, 64)]:
+        w = np.zeros((n, k), np.float32)
+        w[row, column] = 1.0
+        data, _, _ = pack(w.view(np.uint8), "f32", n, k, layout)
+        elements = np.frombuffer(data, np.uint8).reshape(-1, LAYOUTS[layout].element_bytes)
+        panel = row // 16 * padded_columns(k) * 16
+        wanted = panel + (column // columns * 16 + row % 16) * columns + column % columns
+        assert list(np.flatnonzero(elements.any(axis=1))) == [wanted]
+
+
+@pytest.mark.parametrize("layout", PACKED + ROWS)
+def test_pieces_equal_the_whole(layout: str) -> None:
+    n, k = 75, 130
+    source, _ = stored(weights(n, k, 1), "bf16")
+    pieces = [pack(source[i:j], "bf16", j - i, k, layout) for i, j in [(0, 32), (32, 48), (48, n)]]
+    assert tuple(b"".join(parts) for parts in zip(*pieces, strict=True)) == pack(source, "bf16", n, k, layout)
+
+
+@pytest.mark.parametrize("layout", PACKED)
+def test_gated_weight_interleaves_panels(layout: str) -> None:
+    n, k = 40, 100
+    gate, up = weights(n, k, 2), weights(n, k, 3)
+    half = LAYOUTS[layout].num_bytes(n, k)
+    is_int8 = layout == "int8_k4n16.v0"
+    out = np.full(2 * half, 0xAA, np.uint8)
+    scale, sums = np.full(2 * 48, np.nan, np.float32), np.full(2 * 48, -7, np.int32)
+    for panel, w in enumerate((gate, up)):
+        vectors = (scale[16 * panel :], sums[16 * panel :]) if is_int8 else (None, None)
+        source = w.view(np.uint8)
+        assert pack_rows(source, "f32", n, k, layout, out[panel * half // 3 :], *vectors, panel_stride=2) == -1
+    matrix, scales, row_sums = expected(layouts.interleave_gated(gate, up), layout)
+    assert out.tobytes() == matrix
+    if is_int8:
+        assert (scale.tobytes(), sums.tobytes()) == (scales, row_sums)
+
+
+@given(rows=st.integers(1, 50), columns=st.integers(1, 5))
+def test_gated_halves_come_back(rows: int, columns: int) -> None:
+    gate, up = weights(rows, columns, 4), weights(rows, columns, 5)
+    gated = layouts.interleave_gated(gate, up)
+    assert gated.shape == (2 * padded_rows(rows), columns)
+    for got, wanted in zip(layouts.deinterleave_gated(gated, rows), (gate, up), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", SOURCES)
+@pytest.mark.parametrize("layout", PACKED + ROWS)
+@given(data=st.data(), shape=SHAPES, value=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_first_value_that_is_not_finite_is_found(
+    dtype: str, layout: str, data: st.DataObject, shape: tuple[int, int], value: float
+) -> None:
+    n, k = shape
+    w = weights(n, k, 6)
+    where = data.draw(st.lists(st.integers(0, n * k - 1), min_size=1, max_size=3))
+    source, _ = stored(w, dtype)
+    bits = {
+        "f32": np.array([value], np.float32),
+        "bf16": (np.array([value], np.float32).view(np.uint32) >> 16).astype(np.uint16),
+        "f16": np.array([value], np.float16),
+    }[dtype]
+    source.view(bits.dtype).reshape(-1)[where] = bits
+    out = np.zeros(LAYOUTS[layout].num_bytes(n, k), np.uint8)
+    vectors: list[Array] = []
+    if layout == "int8_k4n16.v0":
+        vectors = [np.zeros(padded_rows(n), np.float32), np.zeros(padded_rows(n), np.int32)]
+    assert pack_rows(source, dtype, n, k, layout, out, *vectors, num_threads=3) == min(where)
+
+
+def test_value_that_bf16_rounds_to_infinity_is_not_finite() -> None:
+    w = np.array([[0x3F800000, 0x7F7F7FFF, 0x7F7F8000]], np.uint32)  # 1, the last that is finite in bf16, the next
+    out = np.zeros(LAYOUTS["bf16_k2n16.v0"].num_bytes(1, 3), np.uint8)
+    assert pack_rows(w.view(np.uint8), "f32", 1, 3, "bf16_k2n16.v0", out) == 2
+    assert pack_rows(w[:, :2].copy().view(np.uint8), "f32", 1, 2, "bf16_k2n16.v0", out) == -1
+
+
+def test_zero_row_has_scale_and_values_zero() -> None:
+    q, scale = layouts.quantize_int8(np.array([[0.0, -0.0], [1.0, -2.0]], np.float32))
+    assert q.tolist() == [[0, 0], [64, -127]]  # 63.5 goes to the even neighbour
+    assert scale.tolist() == [0.0, np.float32(2) / np.float32(127)]
+
+
+def test_subnormal_rows_stay_in_range() -> None:
+    w = np.outer(np.arange(1, 400), np.array([1.0, -1.0, 0.5])) * 1.401298464324817e-45
+    w = w.astype(np.float32)
+    q, _ = layouts.quantize_int8(w)
+    assert q.min() >= -127
+    assert pack(w.view(np.uint8), "f32", *w.shape, "int8_k4n16.v0") == expected(w, "int8_k4n16.v0")
+
+
+def test_unaligned_source() -> None:
+    w = weights(17, 33, 7)
+    shifted = np.empty(w.nbytes + 1, np.uint8)[1:]
+    shifted[:] = w.view(np.uint8).reshape(-1)
+    assert pack(shifted, "f32", 17, 33, "int8_k4n16.v0") == expected(w, "int8_k4n16.v0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 17}, "source has 256 elements, wanted 272"),
+        ({"source_dtype": "i8"}, "unknown source_dtype 'i8'"),
+        ({"layout": "rows_i8.v0"}, "unknown layout 'rows_i8.v0'"),
+        ({"panel_stride": 0}, "must be positive"),
+        ({"layout": "rows_f32.v0", "panel_stride": 2}, "only packed layouts"),
+        ({"out": np.zeros(4095, np.uint8)}, "out has 4095 elements, wanted at least 4096"),
+        ({"scale": np.zeros(16, np.float32)}, "scale and sums belong to int8_k4n16.v0"),
+        ({"layout": "int8_k4n16.v0"}, "scale and sums belong to int8_k4n16.v0"),
+    ],
+)
+def test_sizes_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "source": np.zeros((16, 16), np.uint8),
+        "source_dtype": "f32",
+        "n": 16,
+        "k": 4,
+        "layout": "f32_k1n16.v0",
+        "out": np.zeros(4096, np.uint8),
+    }
+    with pytest.raises(ValueError, match=message):
+        pack_rows(**{**arguments, **changes})
+
+
+def test_array_that_would_have_to_be_copied_is_refused() -> None:
+    with pytest.raises(TypeError):
+        pack_rows(np.zeros((16, 16), np.uint8), "f32", 16, 4, "f32_k1n16.v0", np.zeros(1024, np.float32))
