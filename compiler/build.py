@@ -26,7 +26,8 @@ from .graph.builder import GraphBuilder
 from .lower.cpu import lower
 from .lower.tensors import TensorJobs
 from .memory_plan import MemoryPlan, plan_memory
-from .models import Config, build_graph, read_config
+from .models import build_graph, read_config
+from .models.config import Config
 from .passes import run_passes
 from .passes.options import Options
 from .passes.shard import check_divisible
@@ -190,7 +191,7 @@ def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:
 def _max_model_len(request: BuildRequest, config: Config) -> int:
     if not 0 <= request.max_model_len <= config.max_model_len:
         raise CompileError(
-            f"--max-model-len {request.max_model_len}: {request.model} is made for at most {config.max_model_len} tokens."
+            f"--max-model-len {request.max_model_len}: {request.model} is made for {config.max_model_len} tokens."
         )
     return request.max_model_len or config.max_model_len
 
@@ -220,9 +221,7 @@ def _require_vacant(output: Path, force: bool) -> None:
     if not force:
         raise CompileError(f"{output}: exists. Choose another directory, or replace it with --force.")
     if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise CompileError(
-            f"{output}: is no engine, so --force does not replace it. Remove it yourself, or choose another."
-        )
+        raise CompileError(f"{output}: is no engine, so --force does not replace it. Remove it, or choose another.")
 
 
 @contextmanager

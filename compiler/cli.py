@@ -101,9 +101,8 @@ def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
             output = build(prepared, progress.advance)
     size = sum(path.stat().st_size for path in output.iterdir())
     seconds = time.monotonic() - started
-    click.echo(
-        f"{output}: {prepared.config.model_type} {request.precision} for {prepared.target.name}, {format_bytes(size)}, {seconds:.1f} s"
-    )
+    what = f"{prepared.config.model_type} {request.precision} for {prepared.target.name}"
+    click.echo(f"{output}: {what}, {format_bytes(size)}, {seconds:.1f} s")
 
 
 class _Progress:
@@ -142,7 +141,7 @@ def _print_plan(prepared: Prepared, memory_bytes: int) -> None:
         ("model", f"{request.model} ({config.model_type}, {prepared.num_parameters / 1e6:,.1f} M parameters)"),
         (
             "engine",
-            f"{prepared.target.name}, {request.precision}, KV cache {prepared.kv_cache_dtype}, ranks {len(prepared.ranks)}",
+            f"{prepared.target.name}, {request.precision}, KV cache {prepared.kv_cache_dtype}, TP {memory.world_size}",
         ),
         ("weights", f"{format_bytes(memory.weights)} ({memory.weights} bytes)"),
         ("activations", f"{format_bytes(memory.activations)} ({memory.activations} bytes, {threads} threads a rank)"),

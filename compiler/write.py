@@ -61,7 +61,7 @@ class _Writer:
             return  # a scale or a sum: written with its matrix
         if isinstance(job.source, np.ndarray):
             self._put(name, np.ascontiguousarray(job.source, np.float32))
-        elif LAYOUTS[job.tensor.layout].vector or job.tensor.rows == 1 and job.source.vector:
+        elif job.source.vector:
             self._put(name, _vector(job, job.source))
         else:
             self._matrix(job, job.source)
@@ -83,7 +83,7 @@ class _Writer:
             out = self._buffer(size)
             for index, half in enumerate(halves):
                 self._pack(half, start, stop, job, out, first, index, scale, sums)
-            _write_at(self._descriptor, memoryview(out), offset)
+            _write_at(self._descriptor, out.data, offset)
             offset += size
             self._progress(size)
         if scale is not None and sums is not None:
@@ -125,7 +125,7 @@ class _Writer:
             raise _non_finite(weight, start + bad // tensor.columns, bad % tensor.columns, tensor.layout)
 
     def _put(self, name: str, array: NDArray[np.float32] | NDArray[np.int32]) -> None:
-        _write_at(self._descriptor, memoryview(array).cast("B"), self._layout.placed[name].offset)
+        _write_at(self._descriptor, array.data, self._layout.placed[name].offset)
         self._progress(array.nbytes)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
@@ -148,7 +148,7 @@ def _vector(job: Job, weight: Weight) -> NDArray[np.float32]:
         return np.ascontiguousarray(values)
     if job.gated:
         middle = len(values) // 2
-        return np.ascontiguousarray(interleave_gated(values[:middle], values[middle:]))
+        return np.ascontiguousarray(interleave_gated(values[:middle], values[middle:]), np.float32)
     return pad_vector(values)
 
 

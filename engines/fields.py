@@ -35,8 +35,8 @@ class Fields:
         if unknown:
             names = ", ".join(repr(key[:80]) for key in unknown[:5])
             raise EngineFormatError(
-                f"{self.where}: unknown field{'s' if len(unknown) > 1 else ''} {names}. A newer release of enginery may "
-                f"know them: upgrade the runtime, or build the engine with this release."
+                f"{self.where}: unknown field{'s' if len(unknown) > 1 else ''} {names}. A newer release may know "
+                f"them: upgrade the runtime, or build the engine with this release."
             )
         return self
 

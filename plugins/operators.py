@@ -1,7 +1,7 @@
 """The operators of the domain `enginery` as the graph has them, for ONNX's reference evaluator.
 
-Each is its plugin's NumPy reference behind ONNX's calling convention. What a precision does to numbers happens here as in
-the kernels: weights and activations are rounded or quantized, then multiplied exactly.
+Each is its plugin's NumPy reference behind ONNX's calling convention. What a precision does to numbers happens here as
+in the kernels: weights and activations are rounded or quantized, then multiplied exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = NDArray[Any]
 
 
 class Exchange:
-    """Where ranks that are evaluated in threads of their own meet: each thread sets `Exchange.current.ranks` to the same one."""
+    """Where ranks that are evaluated in threads of their own meet: each sets `Exchange.current.ranks` to it."""
 
     current: ClassVar[Any] = threading.local()
 
@@ -44,7 +44,7 @@ class Exchange:
         return parts
 
 
-class _Operator(OpRun):  # type: ignore[misc]
+class _Operator(OpRun):
     op_domain = "enginery"
 
 
@@ -107,7 +107,7 @@ class Linear(_Operator):
 
 
 class WriteKv(_Operator):
-    """(k, v, k_cache, v_cache, slots, cos?, sin?, k_norm?) -> k_cache, v_cache [blocks, block_size, kv_heads, head_dim]."""
+    """(k, v, k_cache, v_cache, slots, cos?, sin?, k_norm?) -> the caches [blocks, block_size, heads, head_dim]."""
 
     def _run(
         self,
@@ -164,7 +164,17 @@ class AllGather(_Operator):
         return (all_gather(Exchange.current.ranks.share(rank, x)),)
 
 
-OPERATORS = [Embedding, RotaryTable, RmsNorm, Quantize, Linear, WriteKv, PagedAttention, AllReduce, AllGather]
+OPERATORS: list[type[OpRun]] = [
+    Embedding,
+    RotaryTable,
+    RmsNorm,
+    Quantize,
+    Linear,
+    WriteKv,
+    PagedAttention,
+    AllReduce,
+    AllGather,
+]
 
 
 def _weight(weight: Array, precision: str) -> Array:

@@ -26,7 +26,7 @@ def find_checkpoint(model: str) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(
-                f"{model}: no config.json. Wanted a Hugging Face checkpoint: config.json, *.safetensors and tokenizer.json."
+                f"{model}: no config.json. Wanted a Hugging Face checkpoint: config.json, weights and tokenizer."
             )
         return Source(path, model)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -43,8 +43,8 @@ def _download(model: str) -> Source:
         directory = Path(huggingface_hub.snapshot_download(model, allow_patterns=PATTERNS))
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{model}: not a local directory, not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set). "
-            f"Download it where there is a network: hf download {model}"
+            f"{model}: not a local directory, not in the hub's cache, and the hub cannot be reached (or "
+            f"HF_HUB_OFFLINE is set). Download it where there is a network: hf download {model}"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]

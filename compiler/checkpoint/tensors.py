@@ -25,7 +25,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the checkpoint. dtype: "F32", "BF16" or "F16" (others are refused when used); offset: in its file."""
+    """One tensor of the checkpoint. dtype: "F32", "BF16", "F16" (others are refused when used); offset: in its file."""
 
     name: str
     path: Path
@@ -50,7 +50,7 @@ class Checkpoint:
         count = rows[1] - rows[0]
         buffer = np.empty((count, width * element), np.uint8)
         start = tensor.offset + rows[0] * width * element
-        self._read_into(tensor, memoryview(buffer).cast("B"), start)
+        self._read_into(tensor, buffer.data.cast("B"), start)
         if columns == (0, width):
             return buffer
         return np.ascontiguousarray(buffer[:, columns[0] * element : columns[1] * element])
@@ -63,7 +63,7 @@ class Checkpoint:
             count = os.preadv(self._descriptors[tensor.path], [view[done:]], offset + done)
             if count == 0:
                 raise CheckpointError(
-                    f"{tensor.path}: tensor {tensor.name} ends early. The file is truncated: download it again."
+                    f"{tensor.path}: tensor {tensor.name} ends early. It is truncated: download it again."
                 )
             done += count
 
@@ -103,7 +103,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return files
     if pickles := sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern)):
         raise CheckpointError(
-            f"{directory}: its weights are pickles ({', '.join(pickles[:3])}), which can run code when they are read. Convert "
+            f"{directory}: its weights are pickles ({', '.join(pickles[:3])}), which can run code when read. Convert "
             f'them to safetensors first: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\" "
             f"(and copy the tokenizer's files beside them)"

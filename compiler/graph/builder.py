@@ -1,7 +1,7 @@
 """Building the graph: ONNX through onnx-ir, standard operators where ONNX has them, the domain `enginery` beyond.
 
-Activations are packed [tokens, columns]; weights are lazy initializers in their checkpoint's [N, K]. Symbolic dimensions
-are tokens, rows (the positions whose logits are wanted), sequences and blocks.
+Activations are packed [tokens, columns]; weights are lazy initializers in their checkpoint's [N, K]. Symbolic
+dimensions are tokens, rows (the positions whose logits are wanted), sequences and blocks.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class GraphBuilder:
             self.op("Unsqueeze", [value, axis], [1, *dimensions(value)], f"{name}.batch.{part}")
             for part, value in zip(("x", "cos", "sin"), (x, *table), strict=True)
         ]
-        attributes = {"num_heads": num_heads, "rotary_embedding_dim": rotary_dim}
-        rotated = self.op("RotaryEmbedding", batched, [1, *dimensions(x)], name, **attributes)
+        shape = [1, *dimensions(x)]
+        rotated = self.op("RotaryEmbedding", batched, shape, name, num_heads=num_heads, rotary_embedding_dim=rotary_dim)
         return self.op("Squeeze", [rotated, axis], dimensions(x), f"{name}.unbatch")
 
     def add(self, a: ir.Value, b: ir.Value, name: str = "add") -> ir.Value:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from ...plugins.operators import OPERATORS, Exchange
+from .builder import dimensions
 
 Arrays = Mapping[str, NDArray[Any]]
 IR_VERSION = 11
@@ -20,7 +21,7 @@ IR_VERSION = 11
 def evaluate(graph: ir.Graph, inputs: Arrays) -> dict[str, NDArray[Any]]:
     """The graph's outputs by name for `inputs` by name: those of a step, and the caches."""
     proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION))
-    evaluator = ReferenceEvaluator(proto, new_ops=OPERATORS)
+    evaluator = ReferenceEvaluator(proto, new_ops=list(OPERATORS))
     names = [value.name or "" for value in graph.outputs]
     wanted = {value.name for value in graph.inputs}
     return dict(zip(names, evaluator.run(None, {k: v for k, v in inputs.items() if k in wanted}), strict=True))
@@ -57,7 +58,7 @@ def whole_prompt_inputs(
             inputs[name] = np.arange(count)
         elif name.startswith("block_table."):
             inputs[name] = np.arange(blocks)[None]
-        elif "_cache." in name and value.shape is not None:
-            shape = [blocks, block_size, *(int(d) for d in value.shape[2:])]  # type: ignore[call-overload]
+        elif "_cache." in name:
+            shape = [blocks, block_size, *(int(d) for d in dimensions(value)[2:])]
             inputs[name] = np.zeros(shape, np.float32)
     return inputs

@@ -19,6 +19,13 @@ def is_ours(node: ir.Node | None, op_type: str) -> bool:
     return is_op(node, op_type) and node is not None and node.domain == DOMAIN
 
 
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """An input that must be there."""
+    value = node.inputs[index]
+    assert value is not None, f"{node.name}: input {index} is missing"
+    return value
+
+
 def users(value: ir.Value) -> list[ir.Node]:
     """The nodes that read `value`, each once, in no particular order."""
     return list(dict.fromkeys(use.node for use in value.uses()))

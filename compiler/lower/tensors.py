@@ -1,4 +1,4 @@
-"""The tensors of an engine: what each is made from, and in which layout. Nothing is read before the engine is written."""
+"""The tensors of an engine: what each is made from, in which layout. Nothing is read before the engine is written."""
 
 from __future__ import annotations
 

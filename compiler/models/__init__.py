@@ -38,8 +38,8 @@ def read_config(directory: Path) -> Config:
     model_type = reader.value("model_type")
     if model_type not in MODELS:
         raise CheckpointError(
-            f"{reader.path}: model_type {model_type!r} is not implemented. Implemented are {', '.join(MODELS)}; to add one, see "
-            f"CONTRIBUTING.md."
+            f"{reader.path}: model_type {model_type!r} is not implemented. Implemented are {', '.join(MODELS)}; to add "
+            f"one, see CONTRIBUTING.md."
         )
     others = [a for a in reader.value("architectures", []) if not str(a).endswith("ForCausalLM")]
     if others:
@@ -57,7 +57,7 @@ def build_graph(config: Config, checkpoint: Checkpoint) -> GraphBuilder:
     tensors = Tensors(checkpoint)
     if not prefixed:
         checkpoint.tensors = {
-            name if name == "lm_head.weight" else f"model.{name}": t for name, t in checkpoint.tensors.items()
+            name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in checkpoint.tensors.items()
         }
     MODELS[config.model_type].build(g, tensors, config)
     tensors.finish()

@@ -1,5 +1,5 @@
-"""Gemma 3's text model (Gemma Team, 2025): alternating windows with a rope each, norms before and after every block, norms that
-multiply by 1 + weight, scaled embeddings, and soft-capping where configured."""
+"""Gemma 3's text model (Gemma Team, 2025): alternating windows with a rope each, norms before and after every block,
+norms that multiply by 1 + weight, scaled embeddings, and soft-capping where configured."""
 
 from __future__ import annotations
 

@@ -10,14 +10,14 @@ import onnx_ir as ir
 from ...engines.errors import CheckpointError, faults
 from ..checkpoint.tensors import ELEMENT_BYTES, Checkpoint
 from ..checkpoint.weights import Part, Weight
-from ..graph.builder import DOMAIN, GraphBuilder, rows_of
+from ..graph.builder import DOMAIN, Dimension, GraphBuilder, rows_of
 from .config import Config
 from .rope import Rope
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The checkpoint's tensors under a prefix. Asking says what shape is wanted; what is wrong is collected for `finish`."""
+    """The checkpoint's tensors under a prefix. Asking says what shape is wanted; faults are collected for `finish`."""
 
     checkpoint: Checkpoint
     prefix: str = ""
@@ -104,7 +104,8 @@ def rotary_table(
     ]
     if rope.long_frequencies:
         inputs.append(g.constant(f"rope.{index}.long_frequencies", np.array(rope.long_frequencies, np.float32)))
-    shape = (["tokens", rope.rotary_dim // 2], ir.DataType.FLOAT)
+    columns: list[Dimension] = ["tokens", rope.rotary_dim // 2]
+    shape = (columns, ir.DataType.FLOAT)
     cos, sin = g.multi(
         "RotaryTable",
         inputs,
@@ -144,7 +145,7 @@ def attention(
     layer: int,
     head_norms: tuple[ir.Value | Weight, ir.Value | Weight] | None = None,
 ) -> ir.Value:
-    """Causal attention with grouped queries (Ainslie et al., GQA, 2023) over the paged cache: [tokens, hidden] -> the same."""
+    """Causal attention with grouped queries (Ainslie et al., GQA, 2023), cache paged: [tokens, hidden] -> the same."""
     q, k, v = (
         g.linear(h, weight, bias, n) for weight, bias, n in zip(*qkv, ("q_proj", "k_proj", "v_proj"), strict=True)
     )
@@ -177,7 +178,7 @@ def write_kv(
     g: GraphBuilder, k: ir.Value, v: ir.Value, cfg: Config, inputs: Inputs, layer: int
 ) -> tuple[ir.Value, ir.Value]:
     """Stores keys and values of the step's tokens in the layer's cache, and returns the cache."""
-    shape = ["blocks", "block_size", cfg.num_kv_heads, cfg.head_dim]
+    shape: list[Dimension] = ["blocks", "block_size", cfg.num_kv_heads, cfg.head_dim]
     caches = [g.input(f"{name}_cache.{layer}", shape) for name in "kv"]
     window = cfg.windows[layer]
     outputs = [(shape, ir.DataType.FLOAT)] * 2
@@ -215,7 +216,7 @@ def gate_and_up(w: Tensors, cfg: Config) -> tuple[Weight, Weight]:
 def head(
     g: GraphBuilder, x: ir.Value, w: Tensors, inner: Tensors, cfg: Config, inputs: Inputs, norm: ir.Value | Weight
 ) -> None:
-    """Final norm and vocabulary projection of the rows that are asked for: the graph's output `logits` [rows, vocab]."""
+    """Final norm and vocabulary projection of the rows asked for: the graph's output `logits` [rows, vocab]."""
     x = g.rms_norm(g.gather(x, inputs.rows, "sampled"), norm, cfg.rms_norm_eps, "final_norm")
     shape = (cfg.vocab_size, cfg.hidden_size)
     if cfg.tied:

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al., 2023; Dubey et al., The Llama 3 Herd of Models, 2024). Also the shape of mistral, qwen2 and qwen3."""
+"""Llama (Touvron et al., 2023; Dubey et al., The Llama 3 Herd of Models, 2024). Also the shape of its relatives."""
 
 from __future__ import annotations
 

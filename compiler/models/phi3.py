@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4-mini (Abdin et al., 2024): Llama with q, k, v and gate, up stored as one tensor each, and LongRoPE."""
+"""Phi-3, Phi-3.5, Phi-4-mini (Abdin et al., 2024): Llama with q, k, v in one tensor, gate, up in one, and LongRoPE."""
 
 from __future__ import annotations
 

@@ -211,7 +211,8 @@ _KINDS = {
     "yarn": _Kind(
         _yarn,
         frozenset(
-            "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()
+            "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
+            "truncate".split()
         ),
     ),
     "longrope": _Kind(

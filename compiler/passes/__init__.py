@@ -1,4 +1,4 @@
-"""What happens to the graph between the model and its lowering, in order. Each pass states what it requires and ensures."""
+"""What happens to the graph between model and lowering, in order. Each pass states what it requires and ensures."""
 
 from __future__ import annotations
 

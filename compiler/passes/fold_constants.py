@@ -1,7 +1,7 @@
 """Makes constants part of what they are applied to.
 
-Requires nothing. Ensures that no Add of a weight and a scalar is left (Gemma's 1 + weight becomes a lazy weight with the
-constant in it), and that a scaled embedding is one enginery.Embedding.
+Requires nothing. Ensures that no Add of a weight and a scalar is left (Gemma's 1 + weight becomes a lazy weight with
+the constant in it), and that a scaled embedding is one enginery.Embedding.
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..graph.builder import DOMAIN, GraphBuilder, LazyWeight, dimensions, make_node, register_weight, weight_of
-from ..graph.rewrite import is_op, only_user, replace, sweep
+from ..graph.rewrite import input_of, is_op, only_user, replace, sweep
 from .options import Options
 
 
 def fold_constants(g: GraphBuilder, options: Options) -> None:
     """See the module."""
     for node in list(g.graph):
-        if (
-            is_op(node, "Add")
-            and isinstance(node.inputs[0].const_value, LazyWeight)
-            and scalar_of(node.inputs[1]) is not None
-        ):
-            constant = scalar_of(node.inputs[1]) or 0.0
-            folded = register_weight(g.graph, f"{node.inputs[0].name}.plus", weight_of(node.inputs[0]).plus(constant))
-            _unname_clash(g.graph, folded)
+        if is_op(node, "Add") and _is_weight(node.inputs[0]) and scalar_of(node.inputs[1]) is not None:
+            weight, constant = input_of(node, 0), scalar_of(node.inputs[1]) or 0.0
+            folded = register_weight(g.graph, f"{weight.name}.plus", weight_of(weight).plus(constant))
             replace(g.graph, [node], [], {node.outputs[0]: folded})
     for node in list(g.graph):
-        if is_op(node, "Gather") and isinstance(node.inputs[0].const_value, LazyWeight):
+        if is_op(node, "Gather") and _is_weight(node.inputs[0]):
             _embedding(g.graph, node)
     sweep(g.graph)
 
@@ -39,8 +34,8 @@ def scalar_of(value: ir.Value | None) -> float | None:
     return float(tensor.numpy().reshape(()))
 
 
-def _unname_clash(graph: ir.Graph, value: ir.Value) -> None:
-    assert graph.initializers[value.name or ""] is value, f"two weights are called {value.name}"
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and isinstance(value.const_value, LazyWeight)
 
 
 def _embedding(graph: ir.Graph, gather: ir.Node) -> None:

@@ -1,7 +1,7 @@
 """Makes the gated MLP's first half one operator.
 
-Requires Mul(activation(Gemm(h, gate)), Gemm(h, up)). Ensures that each is one
-enginery.Linear(h, gate over up, bias) with `activation` silu_gated or gelu_tanh_gated: [M, hidden] -> [M, intermediate].
+Requires Mul(activation(Gemm(h, gate)), Gemm(h, up)). Ensures that each is one enginery.Linear(h, gate over up, bias)
+with `activation` silu_gated or gelu_tanh_gated: [M, hidden] -> [M, intermediate].
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..graph.builder import DOMAIN, GraphBuilder, dimensions, make_node, register_weight, weight_of
-from ..graph.rewrite import is_op, named, producer, replace, scope_of, sweep
+from ..graph.rewrite import input_of, is_op, named, producer, replace, scope_of, sweep
 from .options import Options
 
 _KINDS = {"Swish": "silu_gated", "Gelu": "gelu_tanh_gated"}
@@ -38,9 +38,7 @@ def fuse_gate_up(g: GraphBuilder, options: Options) -> None:
 
 def stacked(graph: ir.Graph, nodes: list[ir.Node], index: int, name: str) -> ir.Value:
     """A new weight: the inputs number `index` of `nodes`, one below the other."""
-    values = [node.inputs[index] for node in nodes]
-    assert all(value is not None for value in values), f"{name}: an input is missing"
-    weights = [weight_of(value) for value in values if value is not None]
+    weights = [weight_of(input_of(node, index)) for node in nodes]
     whole = weights[0]
     for weight in weights[1:]:
         whole = weight.below(whole)

@@ -2,7 +2,7 @@
 
 Requires RMSNormalization and Add nodes on the residual stream. Ensures that each norm is an enginery.RmsNorm(x, delta?,
 post_weight?, weight) -> (out, sum?): sum = x + delta, where delta is first normalised with post_weight if that is given
-(Gemma's norms after a block), and out is the norm of sum. The last such sum may have no norm behind it: then it is an Add.
+(Gemma's norms after a block), and out is the norm of sum.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes one product of those that read the same input.
 
-Requires Gemm nodes with lazy weights. Ensures that no two Gemms read the same activations: their weights stand one below
-the other in one Gemm, whose output a Split divides.
+Requires Gemm nodes with lazy weights. Ensures that no two Gemms read the same activations: their weights stand one
+below the other in one Gemm, whose output a Split divides.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph.builder import GraphBuilder, columns_of, make_node, rows_of
-from ..graph.rewrite import is_op, named, replace, scope_of, sweep
+from ..graph.rewrite import is_op, named, scope_of, sweep
 from .fuse_gate_up import stacked
 from .options import Options
 
@@ -46,6 +46,3 @@ def _merge(g: GraphBuilder, x: ir.Value, gemms: list[ir.Node]) -> None:
         before.replace_all_uses_with(after)
     for gemm in gemms:
         graph.remove(gemm, safe=True)
-
-
-__all__ = ["fuse_qkv", "replace"]

@@ -1,15 +1,15 @@
 """Gives every product the precision that was asked for.
 
-Requires fused RmsNorm, Linear, Embedding and WriteKv nodes. Ensures that each Linear reads activations of the precision's type: from
-the norm before it, which then writes that type, or from a Quantize of its own; that weights are marked with their layout's precision;
-and that caches are marked with theirs. fp32 changes nothing but the marks.
+Requires fused RmsNorm, Linear, Embedding and WriteKv nodes. Ensures that each Linear reads activations of the
+precision's type, from a Quantize behind the norm or in front of the Linear, that weights are marked with their layout's precision,
+and caches with theirs. fp32 changes nothing but the marks.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..graph.builder import DOMAIN, GraphBuilder, attribute, dimensions, make_node
+from ..graph.builder import DOMAIN, GraphBuilder, dimensions, make_node
 from ..graph.rewrite import is_ours, users
 from .options import Options
 
@@ -61,6 +61,3 @@ def _quantized(graph: ir.Graph, x: ir.Value, linear: ir.Node, activation: str) -
     else:
         graph.insert_before(linear, node)
     return node
-
-
-__all__ = ["attribute", "quantize"]

@@ -1,7 +1,7 @@
 """Lets only the sampled rows pass what comes after the last layer's keys and values.
 
-Requires the model's graph: one Gather(x, rows) before the head. Ensures that no node computes for all tokens what only the
-rows need: Gathers have moved up through row-wise operators to the last values that other nodes need whole.
+Requires the model's graph: one Gather(x, rows) before the head. Ensures that no node computes for all tokens what only
+the rows need: Gathers have moved up through row-wise operators to the last values that other nodes need whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from ..graph.builder import GraphBuilder, attribute, dimensions, make_node
-from ..graph.rewrite import is_op, producer, sweep
+from ..graph.rewrite import input_of, is_op, producer, sweep
 from .options import Options
 
 # Which inputs of a row-wise operator have a row for each token; the others are the same for all.
@@ -65,12 +65,13 @@ class _Mover:
             return self._gather(value)
         indices = _ROW_INPUTS[node.op_type]
         inputs = [
-            self.select(v) if i in indices and v is not None and _has_rows(v) else v for i, v in enumerate(node.inputs)
+            self.select(value) if index in indices and value is not None and _has_rows(value) else value
+            for index, value in enumerate(node.inputs)
         ]
         return self._copy(node, inputs)
 
     def _worth(self, node: ir.Node) -> bool:
-        """Computing on rows is worth it unless the node runs for all tokens anyway; a norm is cheap, and spares a gather."""
+        """Rows alone are worth computing unless the node runs for all tokens anyway; a norm is cheap, and spares a gather."""
         return is_op(node, "RMSNormalization") or node not in self.needed_whole
 
     def _rotate(self, squeeze: ir.Node) -> ir.Value:
@@ -80,8 +81,10 @@ class _Mover:
         batched = []
         for unsqueezed in rotary.inputs:
             unsqueeze = producer(unsqueezed, "Unsqueeze")
-            assert unsqueeze is not None and unsqueeze.inputs[0] is not None
-            batched.append(self._copy(unsqueeze, [self.select(unsqueeze.inputs[0]), unsqueeze.inputs[1]], batched=True))
+            assert unsqueeze is not None, "rotary embeddings are batched"
+            batched.append(
+                self._copy(unsqueeze, [self.select(input_of(unsqueeze, 0)), unsqueeze.inputs[1]], batched=True)
+            )
         rotated = self._copy(rotary, batched, batched=True)
         return self._copy(squeeze, [rotated, squeeze.inputs[1]])
 

@@ -1,12 +1,13 @@
 """Cuts the graph for one rank of tensor parallelism (Shoeybi et al., Megatron-LM, 2019).
 
-Requires fused Linear, WriteKv, PagedAttention and Embedding nodes, without residual epilogues. Ensures that q, k, v, gate and up hold this
-rank's output channels, o and down its inputs, followed by an AllReduce; that embeddings and the head hold this rank's part of the
-vocabulary, followed by an AllReduce and an AllGather. With one rank nothing changes. `check_divisible` refuses what does not divide.
+Requires fused Linear, WriteKv, PagedAttention and Embedding nodes, without residual epilogues. Ensures that q, k, v,
+gate and up hold this rank's output channels, o and down its inputs, followed by an AllReduce; that embeddings and the
+head hold this rank's part of the vocabulary, followed by an AllReduce and an AllGather. With one rank nothing changes.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from ...engines.errors import CompileError, faults
@@ -23,7 +24,7 @@ from ..graph.builder import (
     rows_of,
     weight_of,
 )
-from ..graph.rewrite import is_ours, producer, sweep, users
+from ..graph.rewrite import input_of, is_ours, sweep, users
 from ..models.config import Config
 from .options import Options
 
@@ -101,12 +102,10 @@ class _Cutter:
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         if node.outputs[0].is_graph_output():
             self._vocabulary(node)
-        elif is_ours(source, "PagedAttention") or (
-            is_ours(source, "Linear") and attribute(source, "activation") != "none"
-        ):
+        elif is_ours(source, "PagedAttention") or _is_gated(source):
             self._by_inputs(node)
-        elif attribute(node, "activation") != "none":
-            weight = weight_of(_input(node, 1))
+        elif _is_gated(node):
+            weight = weight_of(input_of(node, 1))
             self._by_outputs(node, [weight.num_rows // 2] * 2)
             self._narrow(node.outputs[0])
         else:
@@ -122,7 +121,7 @@ class _Cutter:
     def _by_outputs(self, node: ir.Node, sizes: list[int]) -> None:
         for index in (1, 2):
             if index < len(node.inputs) and node.inputs[index] is not None:
-                value = _input(node, index)
+                value = input_of(node, index)
                 node.replace_input_with(
                     index, self._weight(f"{value.name}.{self.rank}", self._share(weight_of(value), sizes))
                 )
@@ -141,7 +140,7 @@ class _Cutter:
 
     def _by_inputs(self, node: ir.Node) -> None:
         """A share of the sum; rank 0 alone adds the bias."""
-        value = _input(node, 1)
+        value = input_of(node, 1)
         weight = weight_of(value)
         share = weight.num_columns // self.world_size
         columns = weight.take_columns(self.rank * share, (self.rank + 1) * share)
@@ -152,7 +151,7 @@ class _Cutter:
 
     def _vocabulary(self, node: ir.Node) -> None:
         """This rank's part of the logits, then all of them."""
-        value, output = _input(node, 1), node.outputs[0]
+        value, output = input_of(node, 1), node.outputs[0]
         weight = weight_of(value)
         starts = vocab_starts(weight.num_rows, self.world_size)
         node.replace_input_with(
@@ -187,8 +186,6 @@ class _Cutter:
         value.shape = ir.Shape([rows_of(value), columns_of(value) // self.world_size])
 
     def _split(self, split: ir.Node) -> None:
-        import numpy as np
-
         sizes = [columns_of(value) // self.world_size for value in split.outputs]
         for value in split.outputs:
             self._narrow(value)
@@ -202,10 +199,5 @@ class _Cutter:
         return register_weight(self.g.graph, name, weight)
 
 
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None, f"{node.name}: input {index} is missing"
-    return value
-
-
-__all__ = ["check_divisible", "producer", "shard", "vocab_starts"]
+def _is_gated(node: ir.Node | None) -> bool:
+    return node is not None and is_ours(node, "Linear") and attribute(node, "activation") != "none"

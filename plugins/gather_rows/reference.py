@@ -9,4 +9,5 @@ from numpy.typing import NDArray
 
 def gather_rows(x: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
     """[tokens, columns], [rows] -> [rows, columns]."""
-    return x[rows]
+    out: NDArray[Any] = x[rows]
+    return out

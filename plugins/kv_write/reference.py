@@ -43,7 +43,7 @@ def kv_write(
 def prepare_heads(
     x: Array, head_dim: int, cos: Array | None, sin: Array | None, norm: Array | None, *, rot_dim: int, eps: float
 ) -> Array:
-    """[M, heads · head_dim] -> [M, heads, head_dim]: each head normed if there is a weight, its first rot_dim rotated."""
+    """[M, heads · head_dim] -> [M, heads, head_dim]: each head normed if there is a weight, rot_dim of it rotated."""
     heads = x.reshape(len(x), -1, head_dim)
     if norm is not None:
         heads = rms_norm(heads, None, None, norm, eps=eps)[0]
@@ -52,18 +52,20 @@ def prepare_heads(
     half = rot_dim // 2
     first, second, rest = heads[..., :half], heads[..., half:rot_dim], heads[..., rot_dim:]
     cos, sin = cos[:, None], sin[:, None]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    rotated: Array = np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return rotated
 
 
 def round_state(x: Array, kv_dtype: str) -> Array:
     """f32 [tokens, heads, head_dim] as a cache of this type gives it back."""
     if kv_dtype == "bf16":
         bits = x.astype(np.float32).view(np.uint32)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (nearest & np.uint32(0xFFFF0000)).view(np.float32)
     if kv_dtype == "i8":
         exact = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
         scale = exact.astype(np.float16).astype(np.float32)
         safe = np.where(scale > 0, scale, np.float32(1))
-        return (np.clip(np.rint(x / safe), -127, 127) * scale).astype(np.float32)
+        rounded: Array = (np.clip(np.rint(x / safe), -127, 127) * scale).astype(np.float32)
+        return rounded
     return x

@@ -23,7 +23,7 @@ def linear(
 ) -> Array:
     """f32 [M, K] · [N, K]ᵀ -> f32 [M, N], summed in float64.
 
-    activation  "none", or "silu_gated" and "gelu_tanh_gated": activation(a · weightᵀ + bias) · (a · up_weightᵀ + up_bias)
+    activation  "none", or "silu_gated" and "gelu_tanh_gated": act(a · weightᵀ + bias) · (a · up_weightᵀ + up_bias)
     softcap     0, or the bound of softcap · tanh(x / softcap)
     """
     out = _product(a, weight, bias)
@@ -43,11 +43,13 @@ def _product(a: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def _silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    out: Array = x / (1 + np.exp(-x))
+    return out
 
 
 def _gelu_tanh(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    out: Array = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return out
 
 
 _ACTIVATIONS = {"silu_gated": _silu, "gelu_tanh_gated": _gelu_tanh}

@@ -15,15 +15,16 @@ def rms_norm(
 ) -> tuple[Array, Array]:
     """f32 [M, hidden] -> (out, sum), both f32 [M, hidden].
 
-    sum = x + delta, delta first normalised with post_weight if that is given; out = norm(sum) · weight, or sum without one.
+    sum = x + delta, delta first normalised with post_weight if that is given; out = norm(sum) · weight, or sum.
     """
     if delta is not None:
         x = x + (delta if post_weight is None else _norm(delta, eps) * post_weight)
-    return (x if weight is None else _norm(x, eps) * weight), x
+    out: Array = x if weight is None else _norm(x, eps) * weight
+    return out, x
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """f32 [M, K] -> (int8 [M, K], f32 scale [M]): scale = absmax / 127, values round half to even; zero rows stay zero."""
+    """f32 [M, K] -> (int8 [M, K], f32 scale [M]): scale = absmax / 127, values round half to even."""
     scale = (np.abs(x).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
     safe = np.where(scale > 0, scale, np.float32(1))
     return np.clip(np.rint(x / safe[:, None]), -127, 127).astype(np.int8), scale
@@ -31,4 +32,5 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
 
 def _norm(x: Array, eps: float) -> Array:
     wide = x.astype(np.float64)
-    return (wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(np.float32)
+    out: Array = (wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(np.float32)
+    return out

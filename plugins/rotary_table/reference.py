@@ -25,7 +25,7 @@ def rotary_table(
 ) -> tuple[Array, Array]:
     """[tokens], [tokens], f32 [rot_dim / 2] -> cos, sin f32 [tokens, rot_dim / 2], both times attention_factor.
 
-    kind "longrope": prompts longer than threshold take inv_freq_long. "dynamic": with L = max(prompt_length, position + 1)
+    kind "longrope": prompts longer than threshold take inv_freq_long. "dynamic": L = max(prompt_length, position + 1)
     above threshold the base is base · (factor · L / threshold − (factor − 1)) ^ (rot_dim / (rot_dim − 2)).
     """
     frequencies = np.broadcast_to(inv_freq, (len(positions), len(inv_freq)))
@@ -40,4 +40,6 @@ def rotary_table(
         frequencies = np.where((length > threshold)[:, None], dynamic.astype(np.float32), frequencies)
     # The angle is rounded to float32, as in the checkpoint's own implementation.
     angles = (positions[:, None].astype(np.float32) * frequencies.astype(np.float32)).astype(np.float64)
-    return (np.cos(angles) * attention_factor).astype(np.float32), (np.sin(angles) * attention_factor).astype(np.float32)
+    return (np.cos(angles) * attention_factor).astype(np.float32), (np.sin(angles) * attention_factor).astype(
+        np.float32
+    )

@@ -1,0 +1,52 @@
+"""The package as it is installed: what importing the runtime brings, and the commands that pyproject.toml declares."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import enginery
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes"}
+
+
+@pytest.mark.parametrize("module", ["enginery", "enginery.runtime.engine", "enginery.runtime.cli"])
+def test_runtime_brings_nothing_of_the_compiler(module: str) -> None:
+    program = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    modules = json.loads(result.stdout)
+    assert module in modules
+    assert not HEAVY & {name.split(".")[0] for name in modules}
+    assert not [name for name in modules if name.startswith(("enginery.compiler", "enginery.plugins"))]
+
+
+@pytest.mark.parametrize("command", PROJECT["scripts"])
+def test_command_exists(command: str) -> None:
+    module, function = PROJECT["scripts"][command].split(":")
+    assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("name", ["Engine", "EngineryError", "RequestOutput", "SamplingParams"])
+def test_package_offers(name: str) -> None:
+    assert getattr(enginery, name).__module__.startswith("enginery.")
+
+
+def test_package_refuses_other_names() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        enginery.Engin  # noqa: B018
+
+
+def test_version_is_the_projects() -> None:
+    assert enginery.__version__ == PROJECT["version"]
+
+
+def test_tests_run_the_checkout() -> None:
+    assert Path(enginery.__file__).resolve() == ROOT / "__init__.py"
+    assert Path(import_module("enginery.engines").__file__ or "").resolve() == ROOT / "engines" / "__init__.py"
