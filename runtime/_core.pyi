@@ -1,6 +1,7 @@
 """The C++ core of the runtime (csrc/): serving loop, scheduler, block manager, sampler, executors.
 
-Errors are those of engines/errors.py. A dict with an unknown key, a missing one or a value of the wrong type raises TypeError.
+Errors are those of engines/errors.py. A dict with an unknown key, a missing one or a value of the wrong type raises
+TypeError.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ class Output:
     request_id: int
     token_ids: list[int]
     logprobs: list[list[tuple[int, float, int]]] | None
-    """Of each token, if asked for: the sampled token first, then the k likeliest, as (token id, logprob, rank from 1)."""
+    """Of each token, if asked for: the sampled one, then the k likeliest, as (token id, logprob, rank from 1)."""
     prompt_logprobs: list[list[tuple[int, float, int]] | None] | None
     """Once, with the first token, if asked for; the first entry is None."""
     finish_reason: str | None
@@ -34,27 +35,28 @@ class Output:
 class Core:
     """The serving loop on its own thread, which never takes the GIL.
 
-    spec: the fields of ExecutorSpec (csrc/executor.h) under their names, nested as dicts and lists; an operand's kind is
-        "buffer", "weight", "input" or "state", a guard a list of [variable, min, max]. All groups have one block size.
+    spec: the fields of ExecutorSpec (csrc/executor.h) under their names, nested as dicts and lists; an operand's kind
+        is "buffer", "weight", "input" or "state", a guard a list of [variable, min, max]. All groups have one block size.
     config: the fields of LoopConfig (csrc/loop.h) under their names.
-    executor: "cpu" or "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults: "fail_on=7"
-        fails a step that computes token 7, "nan_on=9" gives token 9's row a NaN.
+    executor: "cpu" or "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults:
+        "fail_on=7" fails a step that computes token 7, "nan_on=9" gives token 9's row a NaN.
     """
 
     def __init__(self, spec: dict[str, Any], config: dict[str, Any], executor: str = "cpu") -> None: ...
     def submit(self, request: dict[str, Any]) -> int:
-        """Queues a request (the fields of Request, csrc/request.h; logit_bias a dict of floats by token) and returns its id.
+        """Queues a request and returns its id; ids rise with arrival.
 
-        Ids rise with arrival. prompt_token_ids and max_tokens must be there. It ends with "length" at max_tokens, at
+        request: the fields of Request (csrc/request.h), logit_bias as a dict of floats by token; prompt_token_ids and
+        max_tokens must be there. It ends with "length" at max_tokens, at
         max_model_len, or where its state would fill the whole cache.
         Raises RequestError with all faults, CapacityError if the prompt fits no cache of this size, EngineryError after
         fail() or close().
         """
 
     def abort(self, request_id: int) -> None:
-        """Ends a request before the next step, whatever its state, and frees what it holds; its last Output says "abort".
+        """Ends a request before the next step, whatever its state, and frees what it holds.
 
-        Unknown or finished ids are ignored.
+        Its last Output says "abort". Unknown or finished ids are ignored.
         """
 
     def wait(self, timeout_s: float) -> list[Output]:

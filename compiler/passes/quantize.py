@@ -1,8 +1,8 @@
 """Gives every product the precision that was asked for.
 
 Requires fused RmsNorm, Linear, Embedding and WriteKv nodes. Ensures that each Linear reads activations of the
-precision's type, from a Quantize behind the norm or in front of the Linear, that weights are marked with their layout's precision,
-and caches with theirs. fp32 changes nothing but the marks.
+precision's type, from a Quantize behind the norm or in front of the Linear, that weights are marked
+with their layout's precision, and caches with theirs. fp32 changes nothing but the marks.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class _Mover:
         return self._copy(node, inputs)
 
     def _worth(self, node: ir.Node) -> bool:
-        """Rows alone are worth computing unless the node runs for all tokens anyway; a norm is cheap, and spares a gather."""
+        """Rows alone are worth it unless the node runs for all tokens anyway; a norm is cheap, and spares a gather."""
         return is_op(node, "RMSNormalization") or node not in self.needed_whole
 
     def _rotate(self, squeeze: ir.Node) -> ir.Value:

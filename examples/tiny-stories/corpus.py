@@ -3,7 +3,7 @@
 A model of two million parameters cannot learn the world in half an hour, but it can learn this one. A document is
 either plain text (a story) or a dialogue (a list of chat messages).
 
-    python corpus.py          prints a few documents
+    python examples/tiny-stories/corpus.py          prints a few documents
 """
 
 import json

@@ -1,6 +1,8 @@
 """Show what the demo model answers, greedily, and count how often it is right.
 
-    python sample.py model
+    python examples/tiny-stories/sample.py examples/tiny-stories/model
+
+The answers come from transformers: they are what an engine built from the model has to say, too.
 """
 
 import argparse

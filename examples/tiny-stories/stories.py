@@ -188,7 +188,7 @@ def mending(rng: random.Random, s: Scene) -> tuple[str, str]:
     middle += f'{capitalize(article(s.animal))} heard {s.him}. "Do not cry," said the {s.animal}. "I '
     middle += f'have {tool}. We can fix it."'
     end = f"They worked together, and soon the {s.colour} {s.thing} was as good as new. {s.name} was very {s.glad}. "
-    end += f"{capitalize(s.he)} gave the {s.animal} some {s.food} and said, \"You are a good friend.\""
+    end += f'{capitalize(s.he)} gave the {s.animal} some {s.food} and said, "You are a good friend."'
     return middle, end
 
 

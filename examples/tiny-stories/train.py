@@ -1,9 +1,9 @@
 """Train the demo model: a tiny Qwen3 that tells little stories, from a synthetic corpus and TinyStories.
 
-    python train.py --stories ../shared/data/text/tinystories_train_4M.txt --out model
+    python examples/tiny-stories/train.py --stories ../shared/data/text/tinystories_train_4M.txt --out model
 
-Whole documents are packed into rows, so no story is ever cut. The seeds and the number of steps are fixed: the same
-machine and the same versions give the same model.
+Whole documents are packed into rows and none attends to another, so no story is cut or mixed with its neighbours. The
+seeds and the number of steps are fixed: the same machine and the same versions give the same model.
 """
 
 import argparse
@@ -216,7 +216,9 @@ def next_token_loss(model: Qwen3ForCausalLM, rows: torch.Tensor, reduction: str 
     transformers sees from the positions where a document begins, and lets none attend to another.
     """
     inputs, labels = rows[:, :-1].clamp(min=0), rows[:, 1:]
-    positions = document_positions(inputs, model.config.pad_token_id)
+    end = model.config.pad_token_id
+    assert end is not None
+    positions = document_positions(inputs, end)
     with torch.autocast(rows.device.type, dtype=torch.bfloat16):
         logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits
     return torch.nn.functional.cross_entropy(

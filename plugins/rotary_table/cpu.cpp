@@ -46,10 +46,12 @@ class RotaryTable : public Kernel {
     }
 
   private:
+    // In float32 throughout, as transformers computes it.
     float base_for(int64_t length) const {
-        const double rot_dim = static_cast<double>(2 * half);
-        const double stretch = factor * static_cast<double>(length) / static_cast<double>(threshold) - (factor - 1.0);
-        return static_cast<float>(base * std::pow(stretch, rot_dim / (rot_dim - 2.0)));
+        const auto rot_dim = static_cast<double>(2 * half);
+        const float stretch = static_cast<float>(factor) * static_cast<float>(length) / static_cast<float>(threshold) -
+                              static_cast<float>(factor - 1.0);
+        return static_cast<float>(base) * std::pow(stretch, static_cast<float>(rot_dim / (rot_dim - 2.0)));
     }
     float dynamic_frequency(float dynamic_base, int64_t i) const {
         const float exponent = static_cast<float>(2 * i) / static_cast<float>(2 * half);

@@ -161,8 +161,7 @@ void BlockManager::share_prefix(Sequence& sequence, int32_t num_cached_tokens) {
 int32_t BlockManager::allocatable_tokens(const Sequence& sequence) const {
     int64_t num_tokens = std::numeric_limits<int32_t>::max();
     for (size_t g = 0; g < groups_.size(); ++g) {
-        const int64_t num_blocks =
-            static_cast<int64_t>(sequence.block_tables[g].size()) + groups_[g].pool.num_free();
+        const int64_t num_blocks = static_cast<int64_t>(sequence.block_tables[g].size()) + groups_[g].pool.num_free();
         num_tokens = std::min(num_tokens, num_blocks * block_size_ - sequence.num_computed_tokens);
     }
     return static_cast<int32_t>(num_tokens);

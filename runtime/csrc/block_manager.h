@@ -41,11 +41,12 @@ class BlockManager {
     // How many leading tokens of a sequence that holds nothing are in the cache in every group; always leaves one.
     int32_t find_prefix(Sequence& sequence);
 
-    // Whether a sequence that holds nothing, of which num_cached_tokens can be shared, may join the running ones, each of
-    // which will come to hold the state of `length` tokens (`lengths` of the running in their order), while it is
+    // Whether a sequence that holds nothing, of which num_cached_tokens can be shared, may join the running ones, each
+    // of which will come to hold the state of `length` tokens (`lengths` of the running in their order), while it is
     // computed in chunks of at most max_chunk: then none of them ever lacks a block.
-    bool can_admit(const std::vector<Sequence*>& running, const std::vector<int32_t>& lengths, const Sequence& candidate,
-                   int32_t candidate_length, int32_t num_cached_tokens, int32_t max_chunk) const;
+    bool can_admit(const std::vector<Sequence*>& running, const std::vector<int32_t>& lengths,
+                   const Sequence& candidate, int32_t candidate_length, int32_t num_cached_tokens,
+                   int32_t max_chunk) const;
 
     // Takes the references that find_prefix found and counts their tokens as computed.
     void share_prefix(Sequence& sequence, int32_t num_cached_tokens);
@@ -56,7 +57,8 @@ class BlockManager {
     // Gives blocks to the next num_tokens tokens; at most allocatable_tokens.
     void allocate(Sequence& sequence, int32_t num_tokens);
 
-    // After num_computed_tokens has grown: publishes blocks that became full and frees those that no later position sees.
+    // After num_computed_tokens has grown: publishes blocks that became full and frees those that no later position
+    // sees.
     void advance(Sequence& sequence);
 
     // Frees all blocks of a sequence; nothing of it is computed any more.

@@ -21,9 +21,9 @@ class BlockPool {
     int32_t num_cached() const { return static_cast<int32_t>(cached_.size()); }
     bool is_referenced(int32_t block) const { return references_[static_cast<size_t>(block)] > 0; }
 
-    int32_t allocate();             // a free block, now referenced once; there must be one
-    void acquire(int32_t block);    // one more reference
-    void release(int32_t block);    // one less; without any left it is free
+    int32_t allocate();                        // a free block, now referenced once; there must be one
+    void acquire(int32_t block);               // one more reference
+    void release(int32_t block);               // one less; without any left it is free
     int32_t find(const Digest& digest) const;  // the block published under it, or -1
 
     // Makes a referenced block findable, unless another already holds the same tokens.

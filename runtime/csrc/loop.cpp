@@ -207,7 +207,8 @@ bool Loop::run_executor(const std::vector<Chunk>& chunks) {
     if (succeeded) return true;
     Outbox::Writer writer(outbox_);
     for (const Chunk& chunk : chunks) {
-        finish(writer, *chunk.sequence, FinishReason::kError, "the step that this request was part of failed: " + error);
+        finish(writer, *chunk.sequence, FinishReason::kError,
+               "the step that this request was part of failed: " + error);
     }
     return false;
 }
@@ -263,10 +264,11 @@ void Loop::apply_step(const std::vector<Chunk>& chunks) {
 bool Loop::apply_row(Outbox::Writer& writer, const SampleTask& task, SampleResult& result) {
     Sequence& sequence = *task.sequence;
     if (result.fault == SampleResult::Fault::kNonFinite) {
-        finish(writer, sequence, FinishReason::kError,
-               "the model's logits after " + std::to_string(sequence.num_computed_tokens) +
-                   " tokens are not finite (infinite or not a number); check the engine with `enginery verify`, or build "
-                   "it with a higher precision");
+        finish(
+            writer, sequence, FinishReason::kError,
+            "the model's logits after " + std::to_string(sequence.num_computed_tokens) +
+                " tokens are not finite (infinite or not a number); check the engine with `enginery verify`, or build "
+                "it with a higher precision");
         return false;
     }
     if (result.fault == SampleResult::Fault::kNothingAllowed) {

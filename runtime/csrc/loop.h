@@ -31,10 +31,10 @@ struct LoopConfig {
     int32_t max_num_batched_tokens = 0;  // tokens of a step
     bool enable_prefix_caching = true;
     std::string capacity_scheduler_policy = "guaranteed_no_evict";  // or "max_utilization"
-    int32_t max_preemptions = 8;  // of one request, after which others give way first
-    int32_t rope_threshold = 0;   // prompts longer than this share no state with shorter ones; 0 = all share
-    bool rope_exact = false;      // and among themselves only those of one length
-    bool manual_steps = false;    // no thread: step() makes the steps, for tests
+    int32_t max_preemptions = 8;                                    // of one request, after which others give way first
+    int32_t rope_threshold = 0;  // prompts longer than this share no state with shorter ones; 0 = all share
+    bool rope_exact = false;     // and among themselves only those of one length
+    bool manual_steps = false;   // no thread: step() makes the steps, for tests
 };
 
 struct GroupStats {
@@ -49,7 +49,7 @@ struct LoopStats {
     int64_t num_running = 0;
     int64_t num_waiting = 0;
     int64_t num_preemptions = 0;
-    int64_t prompt_tokens = 0;      // of requests that were scheduled, each once
+    int64_t prompt_tokens = 0;  // of requests that were scheduled, each once
     int64_t generation_tokens = 0;
     int64_t prefix_cache_queries = 0;  // prompt tokens looked up
     int64_t prefix_cache_hits = 0;     // of them found

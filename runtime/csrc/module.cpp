@@ -82,7 +82,8 @@ nb::dict stats_of(Loop& loop) {
     }
     dict["groups"] = groups;
     dict["kv_cache_usage"] = usage;
-    dict["internal_error"] = stats.internal_error.empty() ? nb::none() : nb::object(nb::str(stats.internal_error.c_str()));
+    dict["internal_error"] =
+        stats.internal_error.empty() ? nb::none() : nb::object(nb::str(stats.internal_error.c_str()));
     dict["memory"] = loop.memory();
     return dict;
 }
@@ -100,7 +101,8 @@ void make_loop(Loop* loop, const nb::dict& spec_values, const nb::dict& config_v
 using Logits = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // The sampler alone, for tests: the token and logprobs that a row of logits gives after output_token_ids.
-nb::tuple sample_row(const Logits& logits, const nb::dict& request_values, const std::vector<int32_t>& output_token_ids) {
+nb::tuple sample_row(const Logits& logits, const nb::dict& request_values,
+                     const std::vector<int32_t>& output_token_ids) {
     Request request = read_request(request_values);
     const auto vocab_size = static_cast<int32_t>(logits.size());
     check_request(request, {vocab_size, INT32_MAX - 1, INT32_MAX});
@@ -148,10 +150,9 @@ void bind_loop(nb::module_& module) {
                      [](const Output& output) {
                          return output.stop_token_id < 0 ? std::nullopt : std::optional(output.stop_token_id);
                      })
-        .def_prop_ro("error",
-                     [](const Output& output) {
-                         return output.error.empty() ? std::nullopt : std::optional(output.error);
-                     })
+        .def_prop_ro(
+            "error",
+            [](const Output& output) { return output.error.empty() ? std::nullopt : std::optional(output.error); })
         .def_ro("num_cached_tokens", &Output::num_cached_tokens)
         .def_ro("arrival_time", &Output::arrival_time)
         .def_ro("first_scheduled_time", &Output::first_scheduled_time)

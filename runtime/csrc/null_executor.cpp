@@ -1,5 +1,6 @@
-// The null device: no model, but a memory that notices every mistake of the loop. Each slot keeps a hash of all that its
-// token could see, read through the block tables, and the position it was written for; logits derive from that hash.
+// The null device: no model, but a memory that notices every mistake of the loop. Each slot keeps a hash of all that
+// its token could see, read through the block tables, and the position it was written for; logits derive from that
+// hash.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -78,7 +79,8 @@ class NullExecutor final : public Executor {
     std::map<std::string, int64_t> memory() const override {
         int64_t state = 0;
         for (const GroupState& group : groups_) state += static_cast<int64_t>(group.slots.size() * sizeof(Slot));
-        return {{"weights", 0}, {"activations", static_cast<int64_t>(logits_.size() * sizeof(float))}, {"state", state}};
+        return {
+            {"weights", 0}, {"activations", static_cast<int64_t>(logits_.size() * sizeof(float))}, {"state", state}};
     }
 
   private:

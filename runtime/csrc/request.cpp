@@ -60,10 +60,11 @@ void check_request(const Request& request, const RequestLimits& limits) {
     const auto num_prompt_tokens = static_cast<int64_t>(request.prompt_token_ids.size());
     check_tokens(request, limits.vocab_size, faults);
     faults.unless(num_prompt_tokens < limits.max_model_len,
-                  "the prompt has " + std::to_string(num_prompt_tokens) + " tokens; with one to generate that is more " +
-                      "than max_model_len, " + std::to_string(limits.max_model_len) +
-                      ": shorten it, or serve with a larger --max-model-len");
-    faults.unless(request.max_tokens >= 1, "max_tokens is " + std::to_string(request.max_tokens) + ", wanted 1 or more");
+                  "the prompt has " + std::to_string(num_prompt_tokens) +
+                      " tokens; with one to generate that is more " + "than max_model_len, " +
+                      std::to_string(limits.max_model_len) + ": shorten it, or serve with a larger --max-model-len");
+    faults.unless(request.max_tokens >= 1,
+                  "max_tokens is " + std::to_string(request.max_tokens) + ", wanted 1 or more");
     faults.range("min_tokens", request.min_tokens, 0, std::max(0, request.max_tokens));
     faults.range("temperature", static_cast<double>(request.temperature), 0, 1e6);
     faults.unless(request.top_k >= 0, "top_k is " + std::to_string(request.top_k) + ", wanted 0 (off) or more");

@@ -64,15 +64,15 @@ struct Sequence {
     uint64_t seed = 0;
     std::vector<int32_t> token_ids;  // the prompt, then what was generated
     int32_t num_prompt_tokens = 0;
-    int32_t num_computed_tokens = 0;  // their state is in the blocks
-    int32_t max_length = 0;           // known tokens at which it ends
-    int32_t num_prompt_logprobs = 0;  // prompt positions whose logprobs were taken
+    int32_t num_computed_tokens = 0;                         // their state is in the blocks
+    int32_t max_length = 0;                                  // known tokens at which it ends
+    int32_t num_prompt_logprobs = 0;                         // prompt positions whose logprobs were taken
     std::vector<std::vector<TokenLogprob>> prompt_logprobs;  // those, of the second prompt token and on
     int32_t num_preemptions = 0;
     int32_t num_cached_tokens = 0;  // prompt tokens that the prefix cache held at first admission
     bool running = false;           // else it waits; the scheduler's
     int64_t last_scheduled_step = -1;
-    TokenCounts token_counts;       // kept only where penalties ask for it
+    TokenCounts token_counts;  // kept only where penalties ask for it
 
     std::vector<std::vector<int32_t>> block_tables;  // [group][logical block], -1 where there is none
     std::vector<Digest> block_hashes;                // of full blocks of token_ids, as far as they were needed

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-// Chosen when the module is loaded; lanes are fixed, so every machine sums in the same order. The core is built with -O2,
-// for which g++ 12 leaves most loops scalar.
+// Chosen when the module is loaded; lanes are fixed, so every machine sums in the same order. The core is built with
+// -O2, for which g++ 12 leaves most loops scalar.
 #define VECTORIZED __attribute__((optimize("O3"), target_clones("avx512f", "avx2", "default")))
 
 namespace enginery {
@@ -15,7 +15,8 @@ namespace {
 constexpr int32_t kLanes = 16;
 constexpr int32_t kBlock = 512;  // elements summed in float before they go to double
 
-// exp for x <= 0, relative error below 2e-7: 2^n · exp(r) with |r| <= ln 2 / 2, exp(r) by its Taylor series of degree 7.
+// exp for x <= 0, relative error below 2e-7: 2^n · exp(r) with |r| <= ln 2 / 2, exp(r) by its Taylor series of
+// degree 7.
 inline float exp_of_nonpositive(float x) {
     const float clamped = x < -87.0F ? -87.0F : x;
     const float n = (clamped * 1.44269504F + 12582912.0F) - 12582912.0F;  // rounds to an integer

@@ -6,7 +6,7 @@
 namespace enginery {
 
 struct RowPeak {
-    int32_t token;   // the lowest id of the largest logit
+    int32_t token;  // the lowest id of the largest logit
     float logit;
     bool is_finite;  // whether every element is
 };

@@ -19,7 +19,8 @@ uint64_t mix(uint64_t z) {
 
 // Uniform in [0, 1), a function of the seed and the position alone: a counter-based generator.
 double uniform(uint64_t seed, int32_t index) {
-    const uint64_t bits = mix(mix(seed + 0x9e3779b97f4a7c15U) ^ (0x9e3779b97f4a7c15U * (static_cast<uint64_t>(index) + 1)));
+    const uint64_t bits =
+        mix(mix(seed + 0x9e3779b97f4a7c15U) ^ (0x9e3779b97f4a7c15U * (static_cast<uint64_t>(index) + 1)));
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
@@ -82,7 +83,8 @@ int32_t draw(const std::vector<float>& weights, const std::vector<int32_t>* cand
 }
 
 // The likeliest tokens that top_k and top_p leave, likeliest first; returns the sum of their weights.
-double filter(const Request& request, const std::vector<float>& weights, double total, std::vector<int32_t>& candidates) {
+double filter(const Request& request, const std::vector<float>& weights, double total,
+              std::vector<int32_t>& candidates) {
     const auto vocab_size = static_cast<int32_t>(weights.size());
     const bool limited = request.top_k > 0 && request.top_k < vocab_size;
     const auto top_p = static_cast<double>(request.top_p);
@@ -149,8 +151,8 @@ void sample(const float* logits, int32_t vocab_size, const SampleInputs& inputs,
         double total = exp_weights(row.data(), vocab_size, peak.logit, 1.0F / request.temperature, floor);
         const bool filters = request.top_p < 1.0F || (request.top_k > 0 && request.top_k < vocab_size);
         if (filters) total = filter(request, row, total, scratch.candidates);
-        result.token_id = draw(row, filters ? &scratch.candidates : nullptr, total,
-                               uniform(inputs.seed, inputs.num_generated));
+        result.token_id =
+            draw(row, filters ? &scratch.candidates : nullptr, total, uniform(inputs.seed, inputs.num_generated));
     }
     if (request.logprobs >= 0) {
         take_logprobs(logits, vocab_size, result.token_id, request.logprobs, scratch, result);

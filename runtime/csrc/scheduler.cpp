@@ -115,7 +115,8 @@ void Scheduler::admit_waiting() {
                                          [](const Sequence* a, const Sequence* b) { return a->id < b->id; }),
                         sequence);
         sequence->running = true;
-        if (sequence->num_preemptions == 0) sequence->num_cached_tokens = std::min(num_cached, sequence->num_prompt_tokens);
+        if (sequence->num_preemptions == 0)
+            sequence->num_cached_tokens = std::min(num_cached, sequence->num_prompt_tokens);
         if (!schedule_chunk(sequence, prefill_left_)) return;
         prefill_left_ -= chunks_.back().num_tokens;
     }

@@ -1,8 +1,8 @@
 // Which tokens of which sequences make the next step, and who holds blocks for them.
 //
-// Decode tokens come first, one of each sequence, then chunks of prompts in order of arrival. While a prompt waits, decode
-// leaves it a quarter of the step; while decode runs, prompts are cut into chunks of like size, so that the streams that
-// run see steady steps. Admission is first come, first served, and nobody overtakes, so nobody starves.
+// Decode tokens come first, one of each sequence, then chunks of prompts in order of arrival. While a prompt waits,
+// decode leaves it a quarter of the step; while decode runs, prompts are cut into chunks of like size, so that the
+// streams that run see steady steps. Admission is first come, first served, and nobody overtakes, so nobody starves.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ struct Chunk {
     int32_t num_tokens;
 };
 
-// Rows (tokens whose logits are wanted) of the next num_tokens tokens of a sequence: prompt positions whose logprobs are
-// still owed, and the last known token.
+// Rows (tokens whose logits are wanted) of the next num_tokens tokens of a sequence: prompt positions whose logprobs
+// are still owed, and the last known token.
 struct RowRange {
     int32_t first_prompt;  // positions first_prompt .. end_prompt - 1
     int32_t end_prompt;

@@ -128,7 +128,7 @@ def test_blocks_behind_a_window_are_freed_as_the_sequence_advances() -> None:
     held = []
     while core.step():
         held.append(used(core))
-    assert max(window for _, window in held) == 3
+    assert max(window for _, window in held) == 2
     assert held[-2][0] == 14
 
 
@@ -136,7 +136,7 @@ def test_a_window_group_hits_with_the_window_alone_but_a_full_group_needs_everyt
     prompt = list(range(16))
     # The window's first blocks are evicted by another prompt; those before the hit's end stay.
     only_window = make_core((4,), num_blocks=6)
-    run(only_window, prompt + [99])
+    run(only_window, [*prompt, 99])
     run(only_window, [70] * 8)
     assert run(only_window, [*prompt, 99]) == 16
     both = make_core((0, 4), num_blocks=6)

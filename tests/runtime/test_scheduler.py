@@ -135,7 +135,9 @@ machines = st.fixed_dictionaries(
 
 
 def request_of(drawn: dict[str, Any]) -> dict[str, Any]:
-    stem = [(7 * drawn["stem"] + 5 * position + position * position) % VOCAB for position in range(drawn["stem_tokens"])]
+    stem = [
+        (7 * drawn["stem"] + 5 * position + position * position) % VOCAB for position in range(drawn["stem_tokens"])
+    ]
     values = {key: drawn[key] for key in drawn if key not in ("stem", "stem_tokens", "tail", "arrival", "abort")}
     return {**values, "seed": 11, "prompt_token_ids": stem + drawn["tail"]}
 
@@ -153,9 +155,7 @@ def test_every_request_gets_what_it_gets_alone(kind: str, policy: str) -> None:
     check()
 
 
-def check_schedule(
-    windows: tuple[int, ...], policy: str, machine: dict[str, Any], drawn: list[dict[str, Any]]
-) -> None:
+def check_schedule(windows: tuple[int, ...], policy: str, machine: dict[str, Any], drawn: list[dict[str, Any]]) -> None:
     block_size = machine["block_size"]
     num_blocks = [machine["num_blocks"]] * len(windows)
     core = Core(
@@ -199,7 +199,9 @@ def check_schedule(
     core.close()
 
     for request_id, values in submitted.items():
-        check_result(results[request_id], alone(windows, block_size, freeze(values)), values, fits, request_id in aborts)
+        check_result(
+            results[request_id], alone(windows, block_size, freeze(values)), values, fits, request_id in aborts
+        )
 
 
 def check_result(result: Result, expected: Result, values: dict[str, Any], fits: int, aborted: bool) -> None:
@@ -286,7 +288,9 @@ def test_nobody_is_overtaken() -> None:
     order = [core.submit({"prompt_token_ids": [1] * size, "max_tokens": 2}) for size in (10, 15, 2, 2)]
     firsts = []
     while core.step():
-        firsts += [output.request_id for output in core.wait(0) if len(output.token_ids) and output.finish_reason is None]
+        firsts += [
+            output.request_id for output in core.wait(0) if len(output.token_ids) and output.finish_reason is None
+        ]
     assert firsts == order
 
 

@@ -1,0 +1,67 @@
+"""Every architecture's graph, at every stage, gives transformers' logits; so do two ranks together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from enginery.compiler.checkpoint.tensors import open_checkpoint
+from enginery.compiler.graph.builder import GraphBuilder
+from enginery.compiler.graph.evaluate import evaluate, evaluate_ranks, whole_prompt_inputs
+from enginery.compiler.models import build_graph, read_config
+from enginery.compiler.passes import run_passes
+from enginery.compiler.passes.options import Options
+from enginery.engines.precisions import find_precision
+from enginery.engines.targets import TARGETS
+
+from ..tiny import CASES, logits, make_checkpoint
+
+PROMPT = [int(token) for token in np.random.default_rng(3).integers(3, 250, 61)]
+FP32 = Options(TARGETS["cpu-avx2"], find_precision("fp32"), "f32")
+
+
+def relative_error(got: Any, wanted: Any) -> float:
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_stage_gives_the_logits_of_transformers(case: str, tmp_path: Path) -> None:
+    wanted = logits(make_checkpoint(case, tmp_path), PROMPT)
+    config = read_config(tmp_path)
+    errors = {}
+
+    def observe(stage: str, g: GraphBuilder) -> None:
+        rows = None if stage in ("model", "select_rows", "quantize") else 5
+        got = evaluate(g.graph, whole_prompt_inputs(g.graph, PROMPT, rows))["logits"]
+        errors[stage] = relative_error(got, wanted[-len(got) :])
+
+    with open_checkpoint(tmp_path) as checkpoint:
+        run_passes(build_graph(config, checkpoint), FP32, observe)
+    assert len(errors) == 10
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "llama-tied-llama3", "qwen2", "qwen3", "phi3", "gemma3_text-softcap"])
+def test_two_ranks_give_the_logits_of_one(case: str, tmp_path: Path) -> None:
+    wanted = logits(make_checkpoint(case, tmp_path), PROMPT)
+    config = read_config(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        graphs = []
+        for rank in range(2):
+            g = build_graph(config, checkpoint)
+            run_passes(g, Options(FP32.target, FP32.precision, "f32", rank, 2))
+            graphs.append(g.graph)
+        outputs = evaluate_ranks(graphs, [whole_prompt_inputs(graph, PROMPT) for graph in graphs])
+    assert [relative_error(output["logits"], wanted) < 2e-5 for output in outputs] == [True, True]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.1), ("int8", 0.2)])
+def test_lower_precisions_stay_near(precision: str, bound: float, tmp_path: Path) -> None:
+    wanted = logits(make_checkpoint("llama", tmp_path), PROMPT)
+    with open_checkpoint(tmp_path) as checkpoint:
+        g = build_graph(read_config(tmp_path), checkpoint)
+        run_passes(g, Options(FP32.target, find_precision(precision), "bf16"))
+        got = evaluate(g.graph, whole_prompt_inputs(g.graph, PROMPT))["logits"]
+    assert 1e-4 < relative_error(got, wanted) < bound
