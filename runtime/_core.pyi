@@ -36,7 +36,7 @@ class Core:
     """The serving loop on its own thread, which never takes the GIL.
 
     spec: the fields of ExecutorSpec (csrc/executor.h) under their names, nested as dicts and lists; an operand's kind
-        is "buffer", "weight", "input" or "state", a guard a list of [variable, min, max]. All groups have one block size.
+        is "buffer", "weight", "input" or "state", a guard a list of [variable, min, max]. Groups share one block size.
     config: the fields of LoopConfig (csrc/loop.h) under their names.
     executor: "cpu" or "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults:
         "fail_on=7" fails a step that computes token 7, "nan_on=9" gives token 9's row a NaN.

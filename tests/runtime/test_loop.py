@@ -110,9 +110,8 @@ def test_times_are_those_of_the_monotonic_clock() -> None:
         before = time.monotonic()
         core.submit(request(max_tokens=1))
         output = drain(core, 1)[0][0]
-        assert (
-            before <= output.arrival_time <= output.first_scheduled_time <= output.first_token_time <= time.monotonic()
-        )
+        times = [before, output.arrival_time, output.first_scheduled_time, output.first_token_time, time.monotonic()]
+        assert times == sorted(times)
 
 
 def test_a_stop_token_ends_a_request_and_is_its_last_token() -> None:

@@ -54,7 +54,8 @@ def distribution(logits: NDArray[np.float32], request: dict[str, Any], output: l
     dropped = order[before >= request.get("top_p", 1.0)]
     if request.get("top_p", 1.0) < 1:
         weights[dropped] = 0
-    return weights / weights.sum()
+    normalised: NDArray[np.float64] = weights / weights.sum()
+    return normalised
 
 
 REQUESTS: list[dict[str, Any]] = [
