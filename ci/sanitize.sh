@@ -24,4 +24,5 @@ export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -pri
 export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1
 if [ $# = 0 ]; then set -- tests/plugins tests/runtime; fi
-exec "$venv/bin/python" -m pytest -q "$@"
+# Not captured by file descriptor: a report is written when the process is about to end.
+exec "$venv/bin/python" -m pytest -q --capture=sys "$@"

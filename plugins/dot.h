@@ -6,8 +6,8 @@
 
 namespace enginery::ENGINERY_ISA {
 
-inline constexpr int64_t kActivationStep = 4;                // bytes of an activation row
-inline constexpr int64_t kPanelStep = 64;                    // bytes of a panel
+inline constexpr int64_t kActivationStep = 4;                 // bytes of an activation row
+inline constexpr int64_t kPanelStep = 64;                     // bytes of a panel
 inline constexpr int64_t kVecStep = kPanelStep / kPanelVecs;  // bytes of one vector of it
 inline constexpr int kRegisterTiles = kLanes == 16 ? 24 : 6;  // panels of sums that fit the registers
 

@@ -18,8 +18,8 @@ namespace enginery {
 
 class Collectives;
 
-// Scratch is the same for every engine, so that `build-engine --plan` can tell memory without binding kernels: each
-// thread has kThreadScratchBytes of its own and adds kSharedScratchBytes to what its rank's threads share.
+// Scratch is the same for every engine, so that `build-engine --plan` can tell memory without binding kernels: of each
+// thread, and of a rank's threads together. engines/defaults.py says the same.
 inline constexpr int64_t kThreadScratchBytes = int64_t{1} << 20;
 inline constexpr int64_t kSharedScratchBytes = int64_t{1} << 20;
 

@@ -25,8 +25,8 @@ static inline Range share_of(const Team& team, int64_t count, bool per_thread) {
     return {count * team.thread / team.num_threads, count * (team.thread + 1) / team.num_threads};
 }
 
-// Items 0 .. count - 1, each given to one thread: first three quarters in equal contiguous parts, so that a thread reads
-// its weights in order; then the rest one by one from the shared counter, for cores that are slower or disturbed.
+// Items 0 .. count - 1, each given to one thread: first three quarters in equal contiguous parts, so that a thread
+// reads its weights in order; then the rest one by one from the shared counter, for cores that are slower or disturbed.
 class Shares {
   public:
     Shares(const Team& team, int64_t count) : team_(team), count_(count) {

@@ -35,9 +35,7 @@ struct Mask {
 ENGINERY_INLINE Mask first_lanes(int count) { return {static_cast<__mmask16>(_bzhi_u32(0xffff, count))}; }
 ENGINERY_INLINE VecF set1(float x) { return {_mm512_set1_ps(x)}; }
 ENGINERY_INLINE VecI set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
-ENGINERY_INLINE VecI lane_index() {
-    return {_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)};
-}
+ENGINERY_INLINE VecI lane_index() { return {_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)}; }
 ENGINERY_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
 ENGINERY_INLINE VecI load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 ENGINERY_INLINE VecF load(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m.v, p)}; }

@@ -1,8 +1,8 @@
 // The inner product of everything: R activation rows times P panels, all sums in registers. `linear` multiplies by
 // weight panels, `attention` by panels of keys and then of values.
 //
-// Each sum is one chain over the steps in their order, whatever R and P are: so results do not depend on the tile that a
-// row happens to be computed in.
+// Each sum is one chain over the steps in their order, whatever R and P are: so results do not depend on the tile that
+// a row happens to be computed in.
 #pragma once
 
 #include <array>
@@ -32,9 +32,9 @@ struct TileArguments {
     int64_t activation_stride;     // bytes between rows
     const Segment* segments;
     int num_segments;
-    int64_t panel_step;  // bytes from a panel's step to its next
-    void* out;           // [R][out_stride] of the sum's type; panel p at columns 16 p
-    int64_t out_stride;  // elements
+    int64_t panel_step;              // bytes from a panel's step to its next
+    void* out;                       // [R][out_stride] of the sum's type; panel p at columns 16 p
+    int64_t out_stride;              // elements
     const float* factors = nullptr;  // [R], for kScaleAdd
 };
 

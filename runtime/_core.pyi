@@ -91,8 +91,22 @@ class Core:
 def cpu_features() -> list[str]:
     """The ISA features of this machine that targets ask for: "avx2", "avxvnni", "avx512f", "avx512vnni", ..."""
 
-def run_call(isa: str, call: dict[str, Any], operands: dict[str, NDArray[Any]], step: dict[str, Any]) -> None:
-    """Runs one operator's kernel on arrays, in place; for tests and the compiler's checks."""
+def run_call(
+    isa: str, call: dict[str, Any], operands: dict[str, NDArray[Any]], step: dict[str, Any], num_threads: int = 1
+) -> None:
+    """Runs one operator's kernel on arrays, in place; for tests and the compiler's checks.
+
+    isa: exactly that build of the kernels, also "avx512-vnni-bf16". call: the fields of CallSpec (csrc/call.h), "groups"
+    (of StateGroupSpec) and "per_thread", operands of which each thread has a copy in turn. operands: an array for each
+    buffer, weight and state [num_blocks, block_bytes]. step: the arrays of Step (csrc/step.h) under their names.
+    Raises EngineFormatError for a call that is not sound, TargetError where the machine lacks the ISA.
+    """
+
+def run_forward(spec: dict[str, Any], steps: list[dict[str, Any]]) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
+    """Runs steps one after another on a CPU executor without a loop: each step's logits [rows, vocab_size], and its memory.
+
+    spec: as for Core. steps: as for run_call. Raises what loading an engine raises.
+    """
 
 def sample_row(
     logits: NDArray[np.float32], request: dict[str, Any], output_token_ids: list[int]

@@ -33,6 +33,20 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 _LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 
+_ODD = {
+    "hidden_size": 56,
+    "intermediate_size": 89,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 7,
+    "vocab_size": 257,
+}
+_GEMMA = {"head_dim": 24, "sliding_window": 17, "query_pre_attn_scalar": 20}
+_SOFTCAP = {
+    "num_hidden_layers": 2,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+
 # Name -> configuration class and what it changes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -42,7 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": ("LlamaConfig", {"max_position_embeddings": 48, **_rope("dynamic", factor=4.0)}),
     "llama-yarn": ("LlamaConfig", {"head_dim": 32, **_rope("yarn", factor=4.0, original_max_position_embeddings=64)}),
     "llama-wide-heads": ("LlamaConfig", {"head_dim": 40, "num_attention_heads": 3, "num_key_value_heads": 1}),
-    "llama-odd-sizes": ("LlamaConfig", {"hidden_size": 56, "intermediate_size": 89, "num_attention_heads": 7, "num_key_value_heads": 7, "vocab_size": 257}),
+    "llama-odd-sizes": ("LlamaConfig", _ODD),
     "llama-head-256": ("LlamaConfig", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral-window": ("MistralConfig", {"sliding_window": 19}),
@@ -52,9 +66,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {}),
     "phi3-partial": ("Phi3Config", {"hidden_size": 96, **_rope("default", partial_rotary_factor=0.5)}),
     "phi3-longrope": ("Phi3Config", {"original_max_position_embeddings": 48, **_rope("longrope", **_LONGROPE)}),
-    "gemma3_text": ("Gemma3TextConfig", {"head_dim": 24, "sliding_window": 17, "query_pre_attn_scalar": 20, "num_hidden_layers": 7, "tie_word_embeddings": True}),
-    "gemma3_text-softcap": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 33, "query_pre_attn_scalar": 12, "num_hidden_layers": 2, "final_logit_softcapping": 3.0, "layer_types": ["full_attention", "sliding_attention"]}),
-}  # fmt: skip
+    "gemma3_text": ("Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 7, "tie_word_embeddings": True}),
+    "gemma3_text-softcap": ("Gemma3TextConfig", _GEMMA | _SOFTCAP),
+}
 
 
 def make_checkpoint(case: str, directory: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Any:
@@ -90,8 +104,14 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
     tokenizer.save(str(directory / "tokenizer.json"))
-    template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    turns = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<s>{% endif %}"
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": template,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

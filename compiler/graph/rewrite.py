@@ -72,8 +72,8 @@ def sweep(graph: ir.Graph) -> None:
 
 
 def scope_of(node: ir.Node) -> str:
-    """The node's name without its last part: "layers.3" of "layers.3.q_proj"."""
-    return (node.name or "").rpartition(".")[0]
+    """The node's name without its last part: "layers.3" of "layers.3.q_proj", also on rows."""
+    return (node.name or "").removesuffix(".rows").rpartition(".")[0]
 
 
 def named(scope: str, name: str) -> str:

@@ -9,19 +9,12 @@ from .llama import decoder_config
 
 def read_config(reader: ConfigReader) -> Config:
     """What config.json of a mistral says."""
-    # transformers' default is 4096, but only for a config without the key: null means no window.
-    window = (
-        reader.integer("sliding_window")
-        if reader.value("sliding_window", 0 if "sliding_window" in reader.raw else 4096)
-        else 0
-    )
-    if "sliding_window" not in reader.raw:
-        window = 4096
-    if (types := reader.value("layer_types")) is not None and set(types) != {
-        "sliding_attention" if window else "full_attention"
-    }:
-        reader.refuse(
-            "layer_types", "mistral's layers are all alike; alternating ones are another architecture (ministral)"
-        )
+    # null means no window; a config without the key means transformers' default.
+    windowed = reader.raw.get("sliding_window", 4096) is not None
+    window = reader.integer("sliding_window", 4096) if windowed else 0
+    kind = "sliding_attention" if windowed else "full_attention"
+    types = reader.value("layer_types", [kind])
+    if not isinstance(types, list) or set(types) != {kind}:
+        reader.refuse("layer_types", "mistral's layers are all alike; alternating ones are another architecture")
     reader.only("attention_bias", False)
     return decoder_config(reader, (window,) * reader.integer("num_hidden_layers"), kv_default=8)

@@ -16,11 +16,8 @@ def read_config(reader: ConfigReader) -> Config:
 def upper_layers_slide(reader: ConfigReader) -> tuple[int, ...]:
     """Windows of Qwen's layers: with use_sliding_window, those from max_window_layers up have one."""
     num_layers = reader.integer("num_hidden_layers")
-    slides = reader.flag("use_sliding_window")
-    window = reader.value("sliding_window", None if "sliding_window" in reader.raw else 4096) if slides else None
-    if window is not None:
-        window = reader.integer("sliding_window", 4096)
     first = reader.integer("max_window_layers", 28, least=0)
-    return layer_windows(
-        reader, num_layers, window, [window is not None and layer >= first for layer in range(num_layers)]
-    )
+    windowed = reader.flag("use_sliding_window") and reader.raw.get("sliding_window", 4096) is not None
+    window = reader.integer("sliding_window", 4096) if windowed else None
+    reader.value("sliding_window")
+    return layer_windows(reader, num_layers, window, [windowed and layer >= first for layer in range(num_layers)])

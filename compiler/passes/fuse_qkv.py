@@ -28,7 +28,7 @@ def fuse_qkv(g: GraphBuilder, options: Options) -> None:
 
 
 def _merge(g: GraphBuilder, x: ir.Value, gemms: list[ir.Node]) -> None:
-    letters = "".join((gemm.name or "").rpartition(".")[2].partition("_")[0] for gemm in gemms)
+    letters = "".join((gemm.name or "").removesuffix(".rows").rpartition(".")[2].partition("_")[0] for gemm in gemms)
     name = named(scope_of(gemms[0]), letters)
     inputs: list[ir.Value | None] = [x, stacked(g.graph, gemms, 1, f"{name}.weight")]
     if len(gemms[0].inputs) > 2:

@@ -24,11 +24,12 @@ from corpus import (
     legs_question,
     message,
     opposite_question,
+    story_question,
     story_request,
     sum_question,
     tool_chat,
 )
-from stories import ANIMALS, BOYS, COLOURS, GIRLS, THINGS, draw_scene
+from stories import ANIMALS, BOYS, COLOURS, GIRLS, THINGS, article, draw_scene, story
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUESTIONS = [
@@ -97,12 +98,29 @@ def accuracy(chat: Chat, draw: Callable[[random.Random], Dialogue], count: int) 
     return right / count
 
 
-def is_coherent(story: str) -> bool:
+def story_reading(rng: random.Random) -> Dialogue:
+    """A story of the grammar and a question about it."""
+    scene = draw_scene(rng)
+    return exchange(story_request(rng, scene), story(rng, scene)) + story_question(rng, scene)
+
+
+def subject_share(chat: Chat, subjects: list[str], count: int) -> float:
+    """The share of `count` stories that hold the subject they were asked to be about."""
+    rng = random.Random(12345)
+    kept = 0
+    for _ in range(count):
+        subject = rng.choice(subjects)
+        request = f"Tell me a story about {subject if subject[0].isupper() else article(subject)}."
+        kept += subject in chat.answer([message("user", request)])
+    return kept / count
+
+
+def is_coherent(text: str) -> bool:
     """Whether a story keeps to one child (two in a quarrel), one animal, one colour and one thing, and ends."""
-    found = set(re.findall(r"\w+", story))
-    num_children = 2 if " was there too." in story else 1
+    found = set(re.findall(r"\w+", text))
+    num_children = 2 if " was there too." in text else 1
     wanted = [(BOYS + GIRLS, num_children), (ANIMALS, 1), (COLOURS, 1), (THINGS, 1)]
-    return story.endswith("<|im_end|>") and all(len(found & set(kind)) == count for kind, count in wanted)
+    return text.endswith("<|im_end|>") and all(len(found & set(kind)) == count for kind, count in wanted)
 
 
 def coherence(chat: Chat, count: int) -> float:
@@ -138,6 +156,10 @@ def measure(chat: Chat, count: int) -> None:
         print(f"{ask.__name__}: {share:.0%}")
     print(f"tool_chat: {accuracy(chat, tool_chat, count):.0%}")
     print("json_chat:", ", ".join(f"{field} {share:.0%}" for field, share in json_fields(chat, count).items()))
+    print(f"story_question: {accuracy(chat, story_reading, count):.0%}")
+    print(f"stories about the child asked for: {subject_share(chat, BOYS + GIRLS, count):.0%}")
+    print(f"stories about the animal asked for: {subject_share(chat, ANIMALS, count):.0%}")
+    print(f"stories about the thing asked for: {subject_share(chat, THINGS, count):.0%}")
     print(f"coherent stories: {coherence(chat, count):.0%}")
 
 

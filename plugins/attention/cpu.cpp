@@ -1,7 +1,7 @@
 // attention over the paged state: out [M, num_heads * head_dim].
 //
-// A unit of work is (tile of queries, KV head), and where units are too few for the threads (tile, KV head, split of the
-// context). A context is always summed in splits of kSplitKeys and these combined in order, whether one thread goes
+// A unit of work is (tile of queries, KV head), and where units are too few for the threads (tile, KV head, split of
+// the context). A context is always summed in splits of kSplitKeys and these combined in order, whether one thread goes
 // through them or many do (Dao et al., Flash-Decoding, 2023): the last to finish a unit's splits combines them.
 #include <vector>
 
@@ -44,24 +44,25 @@ class Attention : public Kernel {
     void run(const Step& step, const Team& team) override {
         const bool in_splits = choose_splits(step, team);
         int64_t unit = team.counter->fetch_add(1, std::memory_order_relaxed);
-        int64_t tile_begin = 0;    // first unit of the tile
-        int64_t pair_begin = 0;    // first of its (tile, KV head) pairs
-        int64_t slot_begin = 0;    // first of its places for partial results
+        int64_t tile_begin = 0;  // first unit of the tile
+        int64_t pair_begin = 0;  // first of its (tile, KV head) pairs
+        int64_t slot_begin = 0;  // first of its rows of partial results
         for (QueryTile tile; next_tile(step, tile);) {
             const int64_t splits = in_splits ? tile.num_splits() : 1;
             const int64_t tile_end = tile_begin + num_kv_heads * splits;
+            const int64_t rows = (tile.end - tile.begin) * heads_together;
             while (unit < tile_end) {
                 const int64_t head = (unit - tile_begin) / splits, split = (unit - tile_begin) % splits;
                 if (splits == 1) {
                     run_whole(step, team, tile, head);
                 } else {
-                    run_split(step, team, tile, head, split, pair_begin + head, slot_begin + head * splits);
+                    run_split(step, team, tile, head, split, pair_begin + head, slot_begin + head * splits * rows);
                 }
                 unit = team.counter->fetch_add(1, std::memory_order_relaxed);
             }
             tile_begin = tile_end;
             pair_begin += num_kv_heads;
-            slot_begin += num_kv_heads * splits;
+            slot_begin += num_kv_heads * splits * rows;
         }
     }
 
@@ -91,22 +92,22 @@ class Attention : public Kernel {
     // Whether this step's contexts are divided over threads: if units are few, and partial results have room.
     bool choose_splits(const Step& step, const Team& team) const {
         if (team.num_threads == 1) return false;
-        int64_t units = 0, slots = 0, most_splits = 1;
+        int64_t units = 0, rows = 0, most_splits = 1;
         for (QueryTile tile; next_tile(step, tile);) {
             units += num_kv_heads;
             if (units >= kUnitsPerThread * team.num_threads) return false;
-            slots += num_kv_heads * tile.num_splits();
+            rows += num_kv_heads * tile.num_splits() * (tile.end - tile.begin) * heads_together;
             most_splits = std::max(most_splits, tile.num_splits());
         }
-        return most_splits > 1 && slots * slot_bytes() <= team.shared_scratch_bytes;
+        return most_splits > 1 && rows * partial_row_bytes() <= team.shared_scratch_bytes;
     }
 
     int64_t tile_rows() const { return tile_tokens * heads_together; }
-    int64_t slot_bytes() const {
-        return round_up(tile_rows() * (cache.value_dim * 4 + int64_t{sizeof(RowState)}), 64);
-    }
+    // Of one row of partial results: its sums of values, and its state.
+    int64_t partial_row_bytes() const { return cache.value_dim * 4 + int64_t{sizeof(RowState)}; }
 
-    TileScratch prepare(const Step& step, const Team& team, const QueryTile& tile, int64_t head, Visible* visible) const {
+    TileScratch prepare(const Step& step, const Team& team, const QueryTile& tile, int64_t head,
+                        Visible* visible) const {
         TileScratch s;
         s.cut(team.scratch, tile_rows(), cache.head_dim, cache.value_dim);
         for (int64_t row = tile.begin; row < tile.end; ++row) {
@@ -168,20 +169,21 @@ class Attention : public Kernel {
             return;
         }
         for (int64_t r = 0; r < rows; ++r) {
-            merge_split(s.total_states[r], s.total_values + r * value_dim, states[r], values + r * value_dim, value_dim);
+            merge_split(s.total_states[r], s.total_values + r * value_dim, states[r], values + r * value_dim,
+                        value_dim);
         }
     }
 
     void run_split(const Step& step, const Team& team, const QueryTile& tile, int64_t head, int64_t split, int64_t pair,
-                   int64_t first_slot) {
+                   int64_t first_row) {
         Visible visible[kMostTileTokens];
         const TileScratch s = prepare(step, team, tile, head, visible);
         const int64_t rows = (tile.end - tile.begin) * heads_together;
         const auto slot_values = [&](int64_t number) {
-            return reinterpret_cast<float*>(team.shared_scratch + (first_slot + number) * slot_bytes());
+            return reinterpret_cast<float*>(team.shared_scratch + (first_row + number * rows) * partial_row_bytes());
         };
         const auto slot_states = [&](int64_t number) {
-            return reinterpret_cast<RowState*>(slot_values(number) + tile_rows() * cache.value_dim);
+            return reinterpret_cast<RowState*>(slot_values(number) + rows * cache.value_dim);
         };
         attend(step, s, tile, visible, head, tile.first_split() + split);
         std::memcpy(slot_values(split), s.values, static_cast<size_t>(rows * cache.value_dim) * sizeof(float));
@@ -265,8 +267,8 @@ std::unique_ptr<Kernel> make_attention(const CallSpec& call, const Binding& bind
                      " that share a KV head do not fit a thread's scratch");
     }
     reader.finish();
-    kernel->splits_done = std::vector<std::atomic<int32_t>>(
-        static_cast<size_t>(kUnitsPerThread * std::max(1, binding.num_threads)));
+    kernel->splits_done =
+        std::vector<std::atomic<int32_t>>(static_cast<size_t>(kUnitsPerThread * std::max(1, binding.num_threads)));
     return kernel;
 }
 

@@ -1,8 +1,8 @@
 // The arithmetic of attention for one tile: the queries of a few tokens for all heads that share a KV head, as rows of
 // one matrix, against the keys and values of that head, 64 keys at a time.
 //
-// Key tiles and splits lie at absolute positions, and a tile in which a row sees nothing leaves the row as it was to the
-// bit; so a row's result does not depend on which rows it is computed with.
+// Key tiles and splits lie at absolute positions, and a tile in which a row sees nothing leaves the row as it was to
+// the bit; so a row's result does not depend on which rows it is computed with.
 #pragma once
 
 #include "plugins/attention/cache.h"
@@ -19,20 +19,20 @@ inline constexpr int kPanelsTogether = kLanes == 16 ? 4 : 2;
 
 // A thread's working memory for one tile, cut from its scratch.
 struct TileScratch {
-    std::byte* queries;     // [rows][head_dim], float or bf16
-    float* scores;          // [rows][kKeyTile]
-    std::byte* weights;     // [rows][kKeyTile], float or bf16
-    float* values;          // [rows][value_dim], sums of the current split
-    float* total_values;    // [rows][value_dim]
-    RowState* states;       // [rows]
-    RowState* total_states; // [rows]
-    float* factors;         // [rows]
-    std::byte* keys_bf16;   // [kKeyTile][head_dim], an int8 tile widened
-    std::byte* values_bf16; // [kKeyTile][value_dim]
-    std::byte* last_pair;   // [value_dim][2], the last values where their number is odd
-    float* head;            // [head_dim]
-    float* key_scales;      // [kKeyTile]
-    float* value_scales;    // [kKeyTile]
+    std::byte* queries;      // [rows][head_dim], float or bf16
+    float* scores;           // [rows][kKeyTile]
+    std::byte* weights;      // [rows][kKeyTile], float or bf16
+    float* values;           // [rows][value_dim], sums of the current split
+    float* total_values;     // [rows][value_dim]
+    RowState* states;        // [rows]
+    RowState* total_states;  // [rows]
+    float* factors;          // [rows]
+    std::byte* keys_bf16;    // [kKeyTile][head_dim], an int8 tile widened
+    std::byte* values_bf16;  // [kKeyTile][value_dim]
+    std::byte* last_pair;    // [value_dim][2], the last values where their number is odd
+    float* head;             // [head_dim]
+    float* key_scales;       // [kKeyTile]
+    float* value_scales;     // [kKeyTile]
 
     // Cuts `scratch` up, if it is not null; returns the bytes needed.
     int64_t cut(std::byte* scratch, int64_t rows, int64_t head_dim, int64_t value_dim) {

@@ -1,5 +1,5 @@
-// One step of the online softmax (Milakov and Gimelshein, 2018): scores of a tile of keys become weights, and the running
-// maximum and sum of a row move on.
+// One step of the online softmax (Milakov and Gimelshein, 2018): scores of a tile of keys become weights, and the
+// running maximum and sum of a row move on.
 #pragma once
 
 #include "plugins/simd.h"
@@ -31,8 +31,8 @@ ENGINERY_INLINE float exp_one(float x) {
 // A row that has seen nothing has maximum -infinity: relative to 0 instead, its e^-infinity are 0 and not NaN.
 ENGINERY_INLINE float reference_of(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
 
-// scores [count] of the keys from position `base` on, become weights; count is a multiple of 16. Returns the factor that
-// makes the row's earlier sums relative to the new maximum. key_scales: [count] or null.
+// scores [count] of the keys from position `base` on, become weights; count is a multiple of 16. Returns the factor
+// that makes the row's earlier sums relative to the new maximum. key_scales: [count] or null.
 ENGINERY_INLINE float softmax_step(const ScoreRule& rule, Visible visible, int32_t base, int64_t count,
                                    const float* key_scales, float* scores, RowState& row) {
     VecF largest = set1(-kInfinity);
@@ -43,8 +43,8 @@ ENGINERY_INLINE float softmax_step(const ScoreRule& rule, Visible visible, int32
         if (rule.softcap > 0.0f) s = set1(rule.softcap) * tanh(s / set1(rule.softcap));
         if (!all_seen) {
             const VecI position = lane_index() + set1_i32(base + static_cast<int32_t>(i));
-            const Mask seen = both(greater(position, set1_i32(visible.first - 1)),
-                                   greater(set1_i32(visible.last + 1), position));
+            const Mask seen =
+                both(greater(position, set1_i32(visible.first - 1)), greater(set1_i32(visible.last + 1), position));
             s = select(seen, s, set1(-kInfinity));
         }
         largest = max(s, largest);

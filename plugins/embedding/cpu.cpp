@@ -116,8 +116,7 @@ std::unique_ptr<Kernel> make_embedding(const CallSpec& call, const Binding& bind
             reinterpret_cast<const float*>(reader.required("table_scale", {"scale_f32.v0"}, rows * 4).data);
     }
     kernel->table = reader.required("table", {layout}, rows * columns * element_bytes).data;
-    kernel->out =
-        reader.required("out", {"f32"}, reader.largest(Domain::kTokens) * row_stride(kernel->hidden) * 4);
+    kernel->out = reader.required("out", {"f32"}, reader.largest(Domain::kTokens) * row_stride(kernel->hidden) * 4);
     reader.finish();
     return kernel;
 }

@@ -118,8 +118,8 @@ std::unique_ptr<Kernel> make_kv_write(const CallSpec& call, const Binding& bindi
     kernel->v_offset = reader.integer("v_offset", 0, kLargestColumns);
     const int64_t columns = kernel->num_kv_heads * d;
     if (kernel->k_offset + columns > kernel->stride || kernel->v_offset + columns > kernel->stride) {
-        reader.fault("attributes k_offset and v_offset: " + std::to_string(columns) + " columns from there on leave a row of " +
-                     std::to_string(kernel->stride));
+        reader.fault("attributes k_offset and v_offset: " + std::to_string(columns) +
+                     " columns from there on leave a row of " + std::to_string(kernel->stride));
     }
     const int64_t tokens = reader.largest(Domain::kTokens);
     const int64_t row_bytes = kernel->stride * 4;
@@ -132,8 +132,7 @@ std::unique_ptr<Kernel> make_kv_write(const CallSpec& call, const Binding& bindi
     kernel->key_transform.head_dim = d;
     kernel->key_transform.half = rot_dim / 2;
     kernel->key_transform.eps = static_cast<float>(reader.number("eps", 0.0, 1.0));
-    kernel->key_transform.norm =
-        reinterpret_cast<const float*>(reader.optional("k_norm", {"rows_f32.v0"}, d * 4).data);
+    kernel->key_transform.norm = reinterpret_cast<const float*>(reader.optional("k_norm", {"rows_f32.v0"}, d * 4).data);
     kernel->state = reader.state("state", kernel->num_kv_heads, d);
     kernel->cache = HeadCache::of(kernel->state, d);
     reader.finish();

@@ -36,7 +36,7 @@ def kv_write(
     blocks, offsets = slots[written] // block_size, slots[written] % block_size
     heads = prepare_heads(k, head_dim, cos, sin, k_norm, rot_dim=rot_dim, eps=eps)
     keys[blocks, offsets] = round_state(heads, kv_dtype)[written]
-    values[blocks, offsets] = round_state(v.reshape(len(v), -1, head_dim), kv_dtype)[written]
+    values[blocks, offsets] = round_state(v.reshape(heads.shape), kv_dtype)[written]
     return keys, values
 
 
@@ -44,7 +44,7 @@ def prepare_heads(
     x: Array, head_dim: int, cos: Array | None, sin: Array | None, norm: Array | None, *, rot_dim: int, eps: float
 ) -> Array:
     """[M, heads · head_dim] -> [M, heads, head_dim]: each head normed if there is a weight, rot_dim of it rotated."""
-    heads = x.reshape(len(x), -1, head_dim)
+    heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
     if norm is not None:
         heads = rms_norm(heads, None, None, norm, eps=eps)[0]
     if cos is None or sin is None:

@@ -1,8 +1,8 @@
 // linear: out [M, n] = epilogue(a [M, k] x weight [n, k] transposed).
 //
-// Work is cut into items of up to four weight panels by up to 256 rows. Within an item K goes in blocks whose weights stay
-// in the L2 cache while all rows pass them; sums rest in the thread's scratch between blocks. Blocks lie at fixed K, so
-// every sum is made of the same partial sums in the same order however many rows there are.
+// Work is cut into items of up to four weight panels by up to 256 rows. Within an item K goes in blocks whose weights
+// stay in the L2 cache while all rows pass them; sums rest in the thread's scratch between blocks. Blocks lie at fixed
+// K, so every sum is made of the same partial sums in the same order however many rows there are.
 #include "plugins/linear/epilogue.h"
 #include "plugins/operators.h"
 #include "plugins/share.h"
@@ -123,8 +123,9 @@ std::unique_ptr<Kernel> make_linear(const CallSpec& call, const Binding& binding
     o.panels = weight_rows / kPanelLanes;
     o.steps = o.activation_stride / kActivationStep;
     o.activations = reader.required("a", {type}, most * o.activation_stride);
-    const std::string weight_layout =
-        type == "f32" ? "f32_k1n16.v0" : type == "bf16" ? "bf16_k2n16.v0" : "int8_k4n16.v0";
+    const std::string weight_layout = type == "f32"    ? "f32_k1n16.v0"
+                                      : type == "bf16" ? "bf16_k2n16.v0"
+                                                       : "int8_k4n16.v0";
     o.weight = reader.required("weight", {weight_layout}, weight_rows * o.activation_stride).data;
     const auto vector = [&](BoundOperand operand) { return reinterpret_cast<const float*>(operand.data); };
     if (is_int8) {

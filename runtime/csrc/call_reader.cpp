@@ -165,8 +165,8 @@ LayerState CallReader::state(const std::string& name, int64_t num_kv_heads, int6
         fault(where + ": wanted dtype f32, bf16 or i8, got '" + group.dtype + "'");
     }
     if (group.num_kv_heads != num_kv_heads || group.head_dim != head_dim) {
-        fault(where + ": wanted " + std::to_string(num_kv_heads) + " KV heads of " + std::to_string(head_dim) + ", got " +
-              std::to_string(group.num_kv_heads) + " of " + std::to_string(group.head_dim));
+        fault(where + ": wanted " + std::to_string(num_kv_heads) + " KV heads of " + std::to_string(head_dim) +
+              ", got " + std::to_string(group.num_kv_heads) + " of " + std::to_string(group.head_dim));
     }
     if (group.block_size < 16 || group.block_size > 1024 || group.block_size % 16 != 0) {
         fault(where + ": wanted a block size that is a multiple of 16 up to 1024, got " +
@@ -219,7 +219,8 @@ void CallReader::finish() {
     if (faults_.empty()) return;
     std::string message = "Operator " + call_.op + " version " + std::to_string(call_.version) + ": ";
     for (size_t i = 0; i < faults_.size(); ++i) message += (i == 0 ? "" : "; ") + faults_[i];
-    throw EngineFormatError(message + ". The plan is damaged or was not made for this runtime: build the engine again.");
+    throw EngineFormatError(message +
+                            ". The plan is damaged or was not made for this runtime: build the engine again.");
 }
 
 }  // namespace enginery

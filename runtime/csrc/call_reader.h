@@ -1,5 +1,5 @@
-// Reads a call for an operator that binds it: every attribute and operand is asked for by name, checked, and what nobody
-// asked for is refused. Engines come from anywhere, so nothing is believed; all faults are reported at once.
+// Reads a call for an operator that binds it: every attribute and operand is asked for by name, checked, and what
+// nobody asked for is refused. Engines come from anywhere, so nothing is believed; all faults are reported at once.
 #pragma once
 
 #include <cstdint>

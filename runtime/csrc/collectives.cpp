@@ -6,7 +6,8 @@
 
 namespace enginery {
 
-Collectives::Collectives(std::vector<int32_t> threads_of_rank, bool spin) : ranks_(threads_of_rank.size()), spin_(spin) {
+Collectives::Collectives(std::vector<int32_t> threads_of_rank, bool spin)
+    : ranks_(threads_of_rank.size()), spin_(spin) {
     for (size_t rank = 0; rank < threads_of_rank.size(); ++rank) {
         ranks_[rank].threads = threads_of_rank[rank];
         num_threads_ += threads_of_rank[rank];
@@ -36,7 +37,8 @@ void Collectives::meet(int32_t rank) {
 
 int32_t Collectives::find_missing_rank() const {
     for (size_t rank = 0; rank < ranks_.size(); ++rank) {
-        if (ranks_[rank].arrived.load(std::memory_order_relaxed) < ranks_[rank].threads) return static_cast<int32_t>(rank);
+        if (ranks_[rank].arrived.load(std::memory_order_relaxed) < ranks_[rank].threads)
+            return static_cast<int32_t>(rank);
     }
     return -1;
 }

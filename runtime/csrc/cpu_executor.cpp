@@ -1,7 +1,6 @@
 #include "cpu_executor.h"
 
 #include <algorithm>
-#include <set>
 
 #include "call_reader.h"
 #include "cpu_features.h"
@@ -68,7 +67,8 @@ const KernelEntry& find_kernel(KernelTable kernels, const CallSpec& call) {
         versions += (versions.empty() ? "" : ", ") + std::to_string(entry.version);
     }
     if (versions.empty()) refuse("This runtime has no CPU operator '" + call.op.substr(0, 100) + "'");
-    refuse("This runtime has operator " + call.op + " in version " + versions + ", not " + std::to_string(call.version));
+    refuse("This runtime has operator " + call.op + " in version " + versions + ", not " +
+           std::to_string(call.version));
 }
 
 bool holds(const std::vector<GuardRange>& guard, const Step& step) {
@@ -80,11 +80,21 @@ bool holds(const std::vector<GuardRange>& guard, const Step& step) {
     });
 }
 
-void check_guard(const CallSpec& call) {
+// Operands are checked for max_tokens and so on: no larger step may reach the call.
+void check_guard(const CallSpec& call, const ExecutorSpec& spec) {
+    int64_t tokens = spec.max_tokens, rows = spec.max_rows;
     for (const GuardRange& range : call.guard) {
+        if (range.variable == "tokens") tokens = std::min(tokens, range.max);
+        if (range.variable == "rows") rows = std::min(rows, range.max);
         if (range.variable != "tokens" && range.variable != "rows" && range.variable != "sequences") {
-            refuse("Operator " + call.op + ": a guard on '" + range.variable.substr(0, 100) + "', which is no variable");
+            refuse("Operator " + call.op + ": a guard on '" + range.variable.substr(0, 100) +
+                   "', which is no variable");
         }
+    }
+    if (call.max_tokens < tokens || call.max_rows < rows) {
+        refuse("Operator " + call.op + ": planned for " + std::to_string(call.max_tokens) + " tokens and " +
+               std::to_string(call.max_rows) + " rows, but steps of " + std::to_string(tokens) + " and " +
+               std::to_string(rows) + " may reach it");
     }
 }
 
@@ -95,8 +105,7 @@ CpuExecutor::CpuExecutor(const ExecutorSpec& spec) : spec_(spec), pool_(pool_siz
     if (spec_.ranks.empty() || spec_.num_blocks.size() != spec_.groups.size()) {
         refuse("A plan without ranks, or state groups without blocks");
     }
-    const std::vector<int32_t> threads =
-        deal_threads(pool_.num_threads(), static_cast<int32_t>(spec_.ranks.size()));
+    const std::vector<int32_t> threads = deal_threads(pool_.num_threads(), static_cast<int32_t>(spec_.ranks.size()));
     collectives_ = std::make_unique<Collectives>(threads, should_spin(pool_.num_threads()));
     check_collectives(spec_);
     ranks_.resize(spec_.ranks.size());
@@ -143,11 +152,12 @@ void CpuExecutor::map_rank(Rank& rank, size_t index) const {
         }
     }
     rank.thread_buffers = Mapping::of_zeros(rank.thread_buffer_bytes * rank.num_threads, "activations");
-    rank.scratch = Mapping::of_zeros((kThreadScratchBytes + kSharedScratchBytes) * rank.num_threads, "scratch");
+    rank.scratch = Mapping::of_zeros(kThreadScratchBytes * rank.num_threads + kSharedScratchBytes, "scratch");
     for (size_t group = 0; group < spec_.groups.size(); ++group) {
         const int64_t block_bytes = spec_.groups[group].block_bytes, blocks = spec_.num_blocks[group];
         if (block_bytes < 1 || block_bytes > (int64_t{1} << 40) || blocks < 0) {
-            refuse("State group '" + spec_.groups[group].name + "' has blocks of " + std::to_string(block_bytes) + " bytes");
+            refuse("State group '" + spec_.groups[group].name + "' has blocks of " + std::to_string(block_bytes) +
+                   " bytes");
         }
         if (blocks > INT64_MAX / 2 / block_bytes) throw CapacityError("No memory for the state of sequences.");
         rank.state.push_back(Mapping::of_zeros(block_bytes * blocks, "the state of sequences"));
@@ -194,9 +204,10 @@ BoundOperand CpuExecutor::bind_operand(const Rank& rank, size_t index, const Ope
 void CpuExecutor::bind_rank(Rank& rank, size_t index, KernelTable kernels) const {
     int32_t last_region = INT32_MIN;
     for (const CallSpec& call : spec_.ranks[index].forward) {
-        if (call.region < last_region) refuse("Operator " + call.op + ": its region comes before that of the call before");
+        if (call.region < last_region)
+            refuse("Operator " + call.op + ": its region comes before that of the call before");
         last_region = call.region;
-        check_guard(call);
+        check_guard(call, spec_);
         Binding binding;
         binding.groups = spec_.groups;
         binding.num_blocks = spec_.num_blocks;
@@ -217,9 +228,10 @@ void CpuExecutor::bind_rank(Rank& rank, size_t index, KernelTable kernels) const
 // Calls of one region may run at the same time, so each has a part of its own.
 void CpuExecutor::divide_shared_scratch(Rank& rank) const {
     std::byte* shared = rank.scratch.data() + kThreadScratchBytes * rank.num_threads;
-    const int64_t bytes = kSharedScratchBytes * rank.num_threads;
+    const int64_t bytes = kSharedScratchBytes;
     for (auto begin = rank.calls.begin(); begin != rank.calls.end();) {
-        const auto end = std::find_if(begin, rank.calls.end(), [&](auto& call) { return call.region != begin->region; });
+        const auto end =
+            std::find_if(begin, rank.calls.end(), [&](auto& call) { return call.region != begin->region; });
         const int64_t parts =
             std::count_if(begin, end, [](const BoundCall& call) { return call.kernel->wants_shared_scratch(); });
         int64_t part = 0;
@@ -233,7 +245,8 @@ void CpuExecutor::divide_shared_scratch(Rank& rank) const {
 
 void CpuExecutor::launch(const Step& step) {
     if (failure_) throw EngineryError("An earlier step failed and left the ranks apart: restart the server.");
-    if (step.num_tokens > spec_.max_tokens || step.num_rows > spec_.max_rows || step.num_sequences > spec_.max_sequences) {
+    if (step.num_tokens > spec_.max_tokens || step.num_rows > spec_.max_rows ||
+        step.num_sequences > spec_.max_sequences) {
         throw EngineryError("A step of " + std::to_string(step.num_tokens) + " tokens is larger than planned.");
     }
     for (Rank& rank : ranks_) {

@@ -1,4 +1,5 @@
-// Runs plans on the CPU: every rank has an arena, its weights mapped, its calls bound, and a team of the pool's threads.
+// Runs plans on the CPU: every rank has an arena, its weights mapped, its calls bound, and a team of the pool's
+// threads.
 #pragma once
 
 #include <exception>
@@ -44,8 +45,8 @@ class CpuExecutor : public Executor {
         Mapping thread_buffers;  // num_threads copies of the others, thread_buffer_bytes apart
         int64_t thread_buffer_bytes = 0;
         std::vector<int64_t> buffer_offsets;  // in the arena, or in a thread's copy
-        Mapping scratch;         // of each thread, then shared
-        std::vector<Mapping> state;  // per group
+        Mapping scratch;                      // of each thread, then shared
+        std::vector<Mapping> state;           // per group
         std::vector<BoundCall> calls;
         std::unique_ptr<Barrier> barrier;
     };

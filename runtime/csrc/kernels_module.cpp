@@ -2,8 +2,6 @@
 #include "kernels_module.h"
 
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 
@@ -11,10 +9,9 @@
 #include "collectives.h"
 #include "cpu_features.h"
 #include "errors.h"
+#include "from_python.h"
 #include "mapping.h"
 #include "thread_pool.h"
-
-namespace nb = nanobind;
 
 namespace enginery {
 
@@ -29,32 +26,15 @@ T get(const nb::dict& from, const char* key, T otherwise) {
     return from.contains(key) ? nb::cast<T>(from[key]) : otherwise;
 }
 
-OperandKind read_kind(const std::string& kind) {
-    if (kind == "buffer") return OperandKind::kBuffer;
-    if (kind == "weight") return OperandKind::kWeight;
-    if (kind == "state") return OperandKind::kState;
-    if (kind == "input") return OperandKind::kInput;
-    throw nb::value_error(("an operand's kind is buffer, weight, input or state, not " + kind).c_str());
-}
-
-Attribute read_attribute(nb::handle value) {
-    if (nb::isinstance<nb::bool_>(value)) return nb::cast<bool>(value);
-    if (nb::isinstance<nb::int_>(value)) return nb::cast<int64_t>(value);
-    if (nb::isinstance<nb::float_>(value)) return nb::cast<double>(value);
-    return nb::cast<std::string>(value);
-}
-
-StateGroupSpec read_group(const nb::dict& from) {
+StateGroupSpec read_group(Fields fields) {
     StateGroupSpec group;
-    group.name = get<std::string>(from, "name", "");
-    group.kind = get<std::string>(from, "kind", "full");
-    group.window = get<int32_t>(from, "window", 0);
-    group.num_layers = get<int32_t>(from, "num_layers", 1);
-    group.block_size = nb::cast<int32_t>(from["block_size"]);
-    group.block_bytes = nb::cast<int64_t>(from["block_bytes"]);
-    group.num_kv_heads = nb::cast<int32_t>(from["num_kv_heads"]);
-    group.head_dim = nb::cast<int32_t>(from["head_dim"]);
-    group.dtype = nb::cast<std::string>(from["dtype"]);
+    fields.required("block_size", group.block_size);
+    fields.required("block_bytes", group.block_bytes);
+    fields.required("num_kv_heads", group.num_kv_heads);
+    fields.required("head_dim", group.head_dim);
+    fields.required("dtype", group.dtype);
+    fields.required("num_layers", group.num_layers);
+    fields.finish();
     return group;
 }
 
@@ -115,7 +95,8 @@ StepArrays read_step(const nb::dict& from) {
         }
         if (group.contains("slots")) {
             arrays.int64_arrays.push_back(nb::cast<Int64Array>(group["slots"]));
-            require(arrays.int64_arrays.back().size() == static_cast<size_t>(step.num_tokens), "slots are one for each token");
+            require(arrays.int64_arrays.back().size() == static_cast<size_t>(step.num_tokens),
+                    "slots are one for each token");
             to.slots = arrays.int64_arrays.back().data();
         }
     }
@@ -139,35 +120,38 @@ void check_group(const Step& step, size_t index, const StateGroupSpec& group, in
     for (int64_t i = 0; i < entries; ++i) require(at.block_table[i] < num_blocks, "a block is beyond the state");
 }
 
-CallSpec read_call(const nb::dict& from, const Step& step) {
+// A call outside of a plan: beside its own fields, the state groups and the operands that every thread has a copy of.
+struct LoneCall {
     CallSpec call;
-    call.op = nb::cast<std::string>(from["op"]);
-    call.version = get<int32_t>(from, "version", 0);
-    call.max_tokens = get<int64_t>(from, "max_tokens", step.num_tokens);
-    call.max_rows = get<int64_t>(from, "max_rows", step.num_rows);
-    call.max_sequences = get<int64_t>(from, "max_sequences", step.num_sequences);
-    require(call.max_tokens >= step.num_tokens && call.max_rows >= step.num_rows, "the step is larger than the call's");
-    for (const auto [key, value] : nb::cast<nb::dict>(from["attributes"])) {
-        call.attributes[nb::cast<std::string>(key)] = read_attribute(value);
+    std::vector<StateGroupSpec> groups;
+    std::vector<std::string> per_thread;
+
+    LoneCall(const nb::dict& from, const Step& step) {
+        Fields fields(from, "call");
+        if (const nb::object list = fields.take("groups"); list.is_valid()) {
+            for (const nb::handle group : list) groups.push_back(read_group(Fields(group, "call.groups")));
+        }
+        fields.optional("per_thread", per_thread);
+        call = read_call(fields);
+        fields.finish();
+        if (!from.contains("max_tokens")) call.max_tokens = step.num_tokens;
+        if (!from.contains("max_rows")) call.max_rows = step.num_rows;
+        if (!from.contains("max_sequences")) call.max_sequences = step.num_sequences;
+        require(call.max_tokens >= step.num_tokens && call.max_rows >= step.num_rows,
+                "the step is larger than the call's");
     }
-    for (const auto [key, value] : nb::cast<nb::dict>(from["operands"])) {
-        const auto name = nb::cast<std::string>(key);
-        const auto fields = nb::cast<nb::dict>(value);
-        OperandSpec& operand = call.operands[name];
-        operand.kind = read_kind(nb::cast<std::string>(fields["kind"]));
-        operand.name = get<std::string>(fields, "name", name);
-        operand.layout = get<std::string>(fields, "layout", "");
-        operand.index = get<int32_t>(fields, "index", 0);
-        operand.layer = get<int32_t>(fields, "layer", operand.kind == OperandKind::kState ? 0 : -1);
+
+    bool is_per_thread(const std::string& name) const {
+        return std::find(per_thread.begin(), per_thread.end(), name) != per_thread.end();
     }
-    return call;
-}
+};
 
 KernelFactory find_factory(const std::string& isa, const CallSpec& call) {
     for (const KernelEntry& entry : find_kernels(isa)) {
         if (call.op == entry.op && call.version == entry.version) return entry.make;
     }
-    throw EngineFormatError("This runtime has no CPU operator '" + call.op + "' in version " + std::to_string(call.version) + ".");
+    throw EngineFormatError("This runtime has no CPU operator '" + call.op + "' in version " +
+                            std::to_string(call.version) + ".");
 }
 
 void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dict& arrays, const nb::dict& step_fields,
@@ -175,11 +159,9 @@ void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dic
     require(num_threads >= 1 && num_threads <= 256, "num_threads is from 1 to 256");
     const StepArrays step_arrays = read_step(step_fields);
     const Step& step = step_arrays.step;
-    CallSpec call = read_call(call_fields, step);
-    std::vector<StateGroupSpec> groups;
-    for (const nb::handle group : get<nb::list>(call_fields, "groups", nb::list())) {
-        groups.push_back(read_group(nb::cast<nb::dict>(group)));
-    }
+    LoneCall lone(call_fields, step);
+    CallSpec& call = lone.call;
+    const std::vector<StateGroupSpec>& groups = lone.groups;
     std::vector<int32_t> num_blocks(groups.size(), 0);
     std::vector<AnyArray> kept;
     Collectives collectives({num_threads}, should_spin(num_threads));
@@ -194,7 +176,7 @@ void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dic
         const AnyArray& array = kept.emplace_back(nb::cast<AnyArray>(value));
         BoundOperand bound{static_cast<std::byte*>(array.data()), 0};
         operand.bytes = static_cast<int64_t>(array.nbytes());
-        if (get<bool>(nb::cast<nb::dict>(call_fields["operands"][key]), "per_thread", false)) {
+        if (lone.is_per_thread(name)) {
             operand.bytes = operand.bytes / num_threads / 4 * 4;
             bound.thread_stride = operand.bytes;
         }
@@ -208,7 +190,7 @@ void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dic
     binding.groups = groups;
     binding.num_blocks = num_blocks;
     const std::unique_ptr<Kernel> kernel = find_factory(isa, call)(call, binding);
-    const Mapping scratch = Mapping::of_zeros((kThreadScratchBytes + kSharedScratchBytes) * num_threads, "scratch");
+    const Mapping scratch = Mapping::of_zeros(kThreadScratchBytes * num_threads + kSharedScratchBytes, "scratch");
     std::atomic<int64_t> counter{0};
     ThreadPool pool(num_threads);
     const nb::gil_scoped_release release;
@@ -218,10 +200,40 @@ void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dic
         team.num_threads = num_threads;
         team.scratch = scratch.data() + kThreadScratchBytes * thread;
         team.shared_scratch = scratch.data() + kThreadScratchBytes * num_threads;
-        team.shared_scratch_bytes = kSharedScratchBytes * num_threads;
+        team.shared_scratch_bytes = kSharedScratchBytes;
         team.counter = &counter;
         kernel->run(step, team);
     });
+}
+
+using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Logits copy_logits(Executor& executor, int32_t rows, int32_t columns) {
+    auto* copy = new float[static_cast<size_t>(rows) * static_cast<size_t>(columns)];
+    nb::capsule owner(copy, [](void* data) noexcept { delete[] static_cast<float*>(data); });
+    for (int32_t row = 0; row < rows; ++row) {
+        std::copy_n(executor.logits(row), columns, copy + int64_t{row} * columns);
+    }
+    return Logits(copy, {static_cast<size_t>(rows), static_cast<size_t>(columns)}, owner);
+}
+
+nb::tuple run_forward(const nb::dict& spec_fields, const nb::list& steps) {
+    const ExecutorSpec spec = read_executor_spec(spec_fields);
+    const std::unique_ptr<Executor> executor = make_cpu_executor(spec);
+    nb::list results;
+    for (const nb::handle fields : steps) {
+        const StepArrays arrays = read_step(nb::cast<nb::dict>(fields));
+        for (size_t group = 0; group < spec.groups.size(); ++group) {
+            check_group(arrays.step, group, spec.groups[group], spec.num_blocks[group]);
+        }
+        {
+            const nb::gil_scoped_release release;
+            executor->launch(arrays.step);
+            executor->collect();
+        }
+        results.append(copy_logits(*executor, arrays.step.num_rows, spec.vocab_size));
+    }
+    return nb::make_tuple(results, executor->memory());
 }
 
 }  // namespace
@@ -230,6 +242,8 @@ void bind_kernels(nb::module_& module) {
     module.def("cpu_features", &cpu_features, "The ISA features of this machine that targets ask for.");
     module.def("run_call", &run_call, nb::arg("isa"), nb::arg("call"), nb::arg("operands"), nb::arg("step"),
                nb::arg("num_threads") = 1, "Runs one operator's kernel on arrays, in place; for tests and checks.");
+    module.def("run_forward", &run_forward, nb::arg("spec"), nb::arg("steps"),
+               "Runs steps one after another without a serving loop: the logits of each, and memory by purpose.");
 }
 
 }  // namespace enginery

@@ -38,7 +38,7 @@ Mapping Mapping::of_file(const std::string& path, int64_t bytes) {
     // O_NONBLOCK: a FIFO in the file's place must not hold the loader up.
     const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
     if (file.number < 0) throw EngineFormatError(path + ": cannot be opened: " + std::strerror(errno) + ".");
-    struct stat status {};
+    struct stat status{};
     if (fstat(file.number, &status) != 0) throw EngineFormatError(path + ": " + std::strerror(errno) + ".");
     if (!S_ISREG(status.st_mode)) throw EngineFormatError(path + ": is not a regular file.");
     if (status.st_size != bytes || bytes <= 0) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "filters.h"
 #include "row_math.h"
 
 namespace enginery {
@@ -22,24 +23,6 @@ double uniform(uint64_t seed, int32_t index) {
     const uint64_t bits =
         mix(mix(seed + 0x9e3779b97f4a7c15U) ^ (0x9e3779b97f4a7c15U * (static_cast<uint64_t>(index) + 1)));
     return static_cast<double>(bits >> 11) * 0x1p-53;
-}
-
-// The `count` largest, largest first, of equals the lower id first.
-void find_largest(const float* row, int32_t size, int32_t count, std::vector<int32_t>& largest) {
-    const auto before = [row](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
-    count = std::min(count, size);
-    largest.clear();
-    if (count <= 0) return;
-    int32_t token = 0;
-    for (; token < count; ++token) largest.push_back(token);
-    std::make_heap(largest.begin(), largest.end(), before);
-    for (; token < size; ++token) {
-        if (!(row[token] > row[largest.front()])) continue;
-        std::pop_heap(largest.begin(), largest.end(), before);
-        largest.back() = token;
-        std::push_heap(largest.begin(), largest.end(), before);
-    }
-    std::sort_heap(largest.begin(), largest.end(), before);
 }
 
 // Bias, masks and penalties, on a copy of the logits. Returns false if the request changes nothing.
@@ -82,33 +65,6 @@ int32_t draw(const std::vector<float>& weights, const std::vector<int32_t>* cand
     return last;  // rounding may leave the sum a little short of the total
 }
 
-// The likeliest tokens that top_k and top_p leave, likeliest first; returns the sum of their weights.
-double filter(const Request& request, const std::vector<float>& weights, double total,
-              std::vector<int32_t>& candidates) {
-    const auto vocab_size = static_cast<int32_t>(weights.size());
-    const bool limited = request.top_k > 0 && request.top_k < vocab_size;
-    const auto top_p = static_cast<double>(request.top_p);
-    // Without top_k the nucleus may have any size: look among ever more of the likeliest.
-    for (int64_t count = limited ? request.top_k : 256;; count *= 8) {
-        const auto num_candidates = static_cast<int32_t>(std::min<int64_t>(count, vocab_size));
-        find_largest(weights.data(), vocab_size, num_candidates, candidates);
-        double mass = total;
-        if (limited) {
-            mass = 0;
-            for (const int32_t token : candidates) mass += static_cast<double>(weights[static_cast<size_t>(token)]);
-        }
-        double sum = 0;
-        size_t kept = 0;
-        while (kept < candidates.size() && (kept == 0 || top_p >= 1.0 || sum < top_p * mass)) {
-            sum += static_cast<double>(weights[static_cast<size_t>(candidates[kept])]);
-            ++kept;
-        }
-        if (kept == candidates.size() && !limited && num_candidates < vocab_size) continue;
-        candidates.resize(kept);
-        return sum;
-    }
-}
-
 }  // namespace
 
 void take_logprobs(const float* logits, int32_t vocab_size, int32_t token_id, int32_t num_logprobs,
@@ -123,9 +79,10 @@ void take_logprobs(const float* logits, int32_t vocab_size, int32_t token_id, in
         return static_cast<float>(static_cast<double>(logits[token] - peak.logit) - log_total);
     };
     result.logprobs.push_back({token_id, logprob(token_id), num_before(logits, vocab_size, token_id) + 1});
-    find_largest(logits, vocab_size, num_logprobs, scratch.candidates);
-    for (size_t i = 0; i < scratch.candidates.size(); ++i) {
-        result.logprobs.push_back({scratch.candidates[i], logprob(scratch.candidates[i]), static_cast<int32_t>(i) + 1});
+    find_largest(logits, vocab_size, num_logprobs, scratch.filters.candidates);
+    for (size_t i = 0; i < scratch.filters.candidates.size(); ++i) {
+        result.logprobs.push_back(
+            {scratch.filters.candidates[i], logprob(scratch.filters.candidates[i]), static_cast<int32_t>(i) + 1});
     }
 }
 
@@ -150,9 +107,9 @@ void sample(const float* logits, int32_t vocab_size, const SampleInputs& inputs,
         const float floor = request.min_p > 0.0F ? std::log(request.min_p) : -INFINITY;
         double total = exp_weights(row.data(), vocab_size, peak.logit, 1.0F / request.temperature, floor);
         const bool filters = request.top_p < 1.0F || (request.top_k > 0 && request.top_k < vocab_size);
-        if (filters) total = filter(request, row, total, scratch.candidates);
-        result.token_id =
-            draw(row, filters ? &scratch.candidates : nullptr, total, uniform(inputs.seed, inputs.num_generated));
+        if (filters) total = keep_likeliest(row, total, request.top_k, request.top_p, scratch.filters);
+        result.token_id = draw(row, filters ? &scratch.filters.candidates : nullptr, total,
+                               uniform(inputs.seed, inputs.num_generated));
     }
     if (request.logprobs >= 0) {
         take_logprobs(logits, vocab_size, result.token_id, request.logprobs, scratch, result);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "filters.h"
 #include "request.h"
 
 namespace enginery {
@@ -19,7 +20,7 @@ struct SampleResult {
 // Scratch memory of one thread.
 struct SamplerScratch {
     std::vector<float> row;
-    std::vector<int32_t> candidates;
+    FilterScratch filters;
 };
 
 // What the logits are changed and drawn by; all but the logits outlive the call.

@@ -116,9 +116,9 @@ void Barrier::wait() {
     }
     if (!passed_.wait_past(passed, spin_, kWaitTimeout)) {
         fail();
-        throw EngineryError(name_ + ": a thread did not come to a barrier within " +
-                            std::to_string(kWaitTimeout.count()) + " s. The machine is overloaded, or a CPU was taken " +
-                            "away: restart the server with fewer threads.");
+        throw EngineryError(
+            name_ + ": a thread did not come to a barrier within " + std::to_string(kWaitTimeout.count()) +
+            " s. The machine is overloaded, or a CPU was taken " + "away: restart the server with fewer threads.");
     }
     if (failed_.load(std::memory_order_acquire)) throw EngineryError(name_ + ": another thread of the step failed.");
 }

@@ -30,8 +30,8 @@ class ThreadPool {
 
     int32_t num_threads() const { return num_threads_; }
 
-    // Runs task(0) .. task(num_threads - 1), each on its thread; returns when all have, and throws what the first of them
-    // to fail has thrown. One caller at a time.
+    // Runs task(0) .. task(num_threads - 1), each on its thread; returns when all have, and throws what the first of
+    // them to fail has thrown. One caller at a time.
     void run(const std::function<void(int32_t)>& task);
 
     // Runs task(0) .. task(count - 1), each once, on whichever thread is free.

@@ -151,7 +151,10 @@ def test_int8_extremes_do_not_saturate(isa: str, kernels: Any) -> None:
 HOSTILE = {
     "a small weight": (lambda call: call.arrays.update(weight=call.arrays["weight"].ravel()[:-1].copy()), "weight"),
     "a small output": (lambda call: call.arrays.update(out=call.arrays["out"].ravel()[:-1].copy()), "out: wanted"),
-    "a small activation": (lambda call: call.arrays.update(a=call.arrays["a"].ravel()[:-1].copy()), "operand a: wanted"),
+    "a small activation": (
+        lambda call: call.arrays.update(a=call.arrays["a"].ravel()[:-1].copy()),
+        "operand a: wanted",
+    ),
     "a huge n": (lambda call: call.attributes.update(n=1 << 40), "attribute n"),
     "a larger n": (lambda call: call.attributes.update(n=70), "weight: wanted"),
     "a negative k": (lambda call: call.attributes.update(k=-64), "attribute k"),

@@ -66,10 +66,11 @@ def test_one_token_is_always_computed(windows: tuple[int, ...]) -> None:
     assert run(core, range(9)) == 8
 
 
-def test_a_block_is_named_by_all_that_came_before_it() -> None:
-    core = make_core()
+@pytest.mark.parametrize("windows", [(0,), (3,)])
+def test_a_block_is_named_by_all_that_came_before_it(windows: tuple[int, ...]) -> None:
+    core = make_core(windows)
     run(core, [1] * 4 + [2] * 4 + [3])
-    assert run(core, [4] * 4 + [2] * 4 + [3]) == 0
+    assert run(core, [4] * 4 + [2] * 4 + [3]) == 0  # though the window sees no further than the block of 2s
 
 
 def test_generated_tokens_are_shared_too() -> None:
@@ -163,6 +164,26 @@ def test_running_requests_hold_a_shared_block_once() -> None:
     core.step()
     assert core.stats()["num_running"] == 2
     assert used(core) == [5]  # three shared, one each
+
+
+@pytest.mark.parametrize(("max_tokens", "num_running"), [(8, 2), (12, 1)])
+def test_cached_blocks_that_a_request_takes_are_no_longer_free_for_others(max_tokens: int, num_running: int) -> None:
+    core = make_core(num_blocks=8)
+    run(core, range(13))
+    core.submit({"prompt_token_ids": [9] * 4, "max_tokens": 9, "temperature": 0.0})  # three blocks in the end
+    core.submit({"prompt_token_ids": list(range(13)), "max_tokens": max_tokens, "temperature": 0.0})  # five or six
+    core.step()
+    assert core.stats()["num_running"] == num_running
+
+
+@pytest.mark.parametrize(("num_blocks", "num_running"), [(6, 2), (5, 1)])
+def test_a_window_sets_blocks_aside_for_where_it_lies_worst(num_blocks: int, num_running: int) -> None:
+    core = make_core((6,), num_blocks=num_blocks, max_num_batched_tokens=4)
+    for token in (1, 2):
+        core.submit({"prompt_token_ids": [token] * 3, "max_tokens": 50, "temperature": 0.0})
+    core.step()
+    core.step()
+    assert core.stats()["num_running"] == num_running  # 6 tokens may touch three blocks of 4
 
 
 def test_a_failed_request_leaves_nothing_in_the_cache() -> None:

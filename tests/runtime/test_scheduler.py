@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 VOCAB = 48
 MAX_MODEL_LEN = 40
-SCHEDULES = 500  # random ones of each kind of engine and policy
+SCHEDULES = 400  # random ones of each kind of engine and policy
 
 KINDS = {"full": [0], "window": [5], "full and window": [0, 5], "two windows": [3, 9]}
 POLICIES = ["guaranteed_no_evict", "max_utilization"]
@@ -294,16 +294,39 @@ def test_nobody_is_overtaken() -> None:
     assert firsts == order
 
 
-def test_the_youngest_gives_way_and_comes_back() -> None:
+def test_the_youngest_gives_way_and_comes_back_and_the_oldest_never_waits() -> None:
     core = Core(
-        spec_of((0,), 1, [20]),
+        spec_of((0,), 4, [5]),
         config_of(capacity_scheduler_policy="max_utilization", enable_prefix_caching=False),
         "null",
     )
-    results = {core.submit({"prompt_token_ids": [index] * 6, "max_tokens": 8}): Result() for index in range(3)}
+    # In the sixth step the older one needs its third block, and the younger one, in its own third, needs none.
+    counts = {core.submit({"prompt_token_ids": [1] * size, "max_tokens": 8}): 0 for size in (4, 7)}
+    steps_of_the_oldest = []
+    while core.step():
+        outputs = {output.request_id: output for output in core.wait(0)}
+        for request_id, output in outputs.items():
+            counts[request_id] += len(output.token_ids)
+        steps_of_the_oldest.append(0 in outputs)
+    assert list(counts.values()) == [8, 8]
+    assert steps_of_the_oldest[:8] == [True] * 8
+    assert core.stats()["num_preemptions"] == 1
+
+
+def test_a_prompt_that_gives_way_halfway_gets_each_logprob_once() -> None:
+    core = Core(
+        spec_of((0,), 1, [20]),
+        config_of(capacity_scheduler_policy="max_utilization", max_num_batched_tokens=2),
+        "null",
+    )
+    older = {"prompt_token_ids": [1] * 4, "max_tokens": 13, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": 0}
+    younger = {**older, "prompt_token_ids": list(range(12)), "max_tokens": 2, "prompt_logprobs": 1}
+    submitted = {core.submit(values): values for values in (older, younger)}
+    results = {request_id: Result() for request_id in submitted}
     run_to_end(core, results, 100)
-    assert [len(result.token_ids) for result in results.values()] == [8, 8, 8]
-    assert core.stats()["num_preemptions"] > 0
+    assert core.stats()["num_preemptions"] == 1
+    for request_id, values in submitted.items():
+        assert results[request_id] == alone((0,), 1, freeze(values))
 
 
 def test_guaranteed_no_evict_sets_blocks_aside_for_the_whole_output() -> None:

@@ -1,0 +1,1 @@
+"""Serves engines: the C++ core (csrc/), the Python API, the HTTP server and the commands."""

@@ -1,0 +1,272 @@
+"""From an engine's files to what the core executes: plans and headers checked, memory decided, plain data at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engines.defaults import SHARED_SCRATCH_BYTES, THREAD_SCRATCH_BYTES, step_limits
+from ..engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError, faults
+from ..engines.manifest import Manifest
+from ..engines.plan import Call, Operand, Plan, StateGroup, check_bounds, decode_plan, guarded_limits, plan_arena
+from ..engines.expressions import evaluate
+from ..engines.sizes import format_bytes
+from ..engines.targets import TARGETS, Target, best_target, missing_features
+from ..engines.weights import WeightsFile, read_weights_header
+from .capacity import StateShape, choose_blocks
+from .config import EngineConfig
+from .files import EngineFiles
+
+# No model's activations are larger than this and so much for each token of a step; a plan that says so is no plan.
+_MOST_ACTIVATION_BYTES = 1 << 30
+_MOST_ACTIVATION_BYTES_PER_TOKEN = 2 << 20
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank executes, checked as far as the files alone allow."""
+
+    plan: Plan
+    weights: WeightsFile
+    weights_path: Path
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """The arguments of Core, and what was decided on the way."""
+
+    spec: dict[str, Any]
+    config: dict[str, Any]
+    max_model_len: int
+
+
+def check_target(files: EngineFiles, features: list[str]) -> Target:
+    """The engine's target. Raises TargetError unless a machine with these CPU features can run it."""
+    manifest = files.manifest
+    target = TARGETS.get(manifest.target)
+    if target is None:
+        raise TargetError(
+            f"{files.directory} was built for {manifest.target}, which this runtime does not run; it runs "
+            f"{', '.join(TARGETS)}.\n{_rebuild(files)}"
+        )
+    if missing := missing_features(target, features):
+        try:
+            found = best_target(features).name
+        except TargetError:
+            found = "none of the CPU targets"
+        raise TargetError(
+            f"{files.directory} was built for {target.name}; this machine is {found} (it lacks "
+            f"{', '.join(missing)}).\n{_rebuild(files)}"
+        )
+    return target
+
+
+def _rebuild(files: EngineFiles) -> str:
+    manifest = files.manifest
+    tensor_parallel = manifest.tensor_parallel_size
+    ranks = f" --tensor-parallel-size {tensor_parallel}" if tensor_parallel > 1 else ""
+    return (
+        f"Build one for it: build-engine {manifest.model.source} --target cpu --precision {manifest.precision}{ranks} "
+        f"-o {files.directory.name}-cpu"
+    )
+
+
+def read_ranks(files: EngineFiles) -> list[Rank]:
+    """Plan and weights header of every rank. Raises EngineFormatError."""
+    manifest = files.manifest
+    ranks = []
+    for index in range(manifest.tensor_parallel_size):
+        name = files.of_rank("plan", index)
+        data = files.read(name)
+        assert data is not None
+        plan = decode_plan(data, name)
+        weights_path = files.path(files.of_rank("weights", index))
+        ranks.append(Rank(plan, read_weights_header(weights_path), weights_path))
+    _check_agreement(manifest, [rank.plan for rank in ranks])
+    return ranks
+
+
+def _check_agreement(manifest: Manifest, plans: list[Plan]) -> None:
+    reasons = []
+    for index, plan in enumerate(plans):
+        if (plan.rank, plan.world_size) != (index, len(plans)):
+            reasons.append(
+                f"the plan of rank {index} of {len(plans)} says that it is rank {plan.rank} of {plan.world_size}"
+            )
+        if plan.state_groups != plans[0].state_groups or plan.prefix_key != plans[0].prefix_key:
+            reasons.append(f"the plans of rank 0 and rank {index} differ in their state")
+    if plans[0].logits.columns != manifest.model.vocab_size:
+        reasons.append(
+            f"the manifest says a vocabulary of {manifest.model.vocab_size}, the plan makes "
+            f"{plans[0].logits.columns} logits"
+        )
+    if not plans[0].state_groups:
+        reasons.append("the plan has no state group")
+    if reasons:
+        raise faults(EngineFormatError, "The engine contradicts itself; build it again", reasons)
+
+
+def prepare_core(files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig) -> CoreSettings:
+    """Decides sizes and checks every operand against them. Raises EngineryError."""
+    max_model_len = _max_model_len(files.manifest, config)
+    _check_baked_in(files.manifest, config)
+    limits = step_limits(config.max_num_batched_tokens, config.max_num_seqs)
+    for index, rank in enumerate(ranks):
+        weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
+        check_bounds(rank.plan, limits, weight_bytes, files.of_rank("plan", index))
+        _check_activations(rank.plan, limits, config.num_threads or 1)
+    plan = ranks[0].plan
+    shape = StateShape(plan.state_groups, len(ranks), config.max_num_batched_tokens)
+    num_blocks = choose_blocks(shape, max_model_len, config.max_num_seqs, config.kv_cache_bytes)
+    spec = {
+        "isa": target.isa,
+        "ranks": [_rank_spec(rank, limits) for rank in ranks],
+        "groups": [_group_spec(group) for group in plan.state_groups],
+        "num_blocks": num_blocks,
+        "vocab_size": files.manifest.model.vocab_size,
+        "num_threads": config.num_threads or 0,
+        "max_tokens": limits["tokens"],
+        "max_rows": limits["rows"],
+        "max_sequences": limits["sequences"],
+    }
+    loop = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "capacity_scheduler_policy": config.capacity_scheduler_policy,
+        "rope_threshold": min(plan.prefix_key.threshold, (1 << 31) - 1),
+        "rope_exact": plan.prefix_key.exact,
+    }
+    return CoreSettings(spec, loop, max_model_len)
+
+
+def _max_model_len(manifest: Manifest, config: EngineConfig) -> int:
+    most = manifest.model.max_model_len
+    if config.max_model_len is not None and config.max_model_len > most:
+        raise EngineryError(
+            f"max_model_len {config.max_model_len}: this model was made for at most {most} tokens. "
+            f"Leave --max-model-len out, or give a smaller one."
+        )
+    return config.max_model_len or min(manifest.default_max_model_len, most)
+
+
+def _check_baked_in(manifest: Manifest, config: EngineConfig) -> None:
+    for knob, given, built in (
+        ("tensor_parallel_size", config.tensor_parallel_size, manifest.tensor_parallel_size),
+        ("kv_cache_dtype", config.kv_cache_dtype, manifest.kv_cache_dtype),
+    ):
+        if given not in (None, "auto", built):
+            option = "--" + knob.replace("_", "-")
+            raise EngineryError(
+                f"{knob} is baked into the engine as {built}; {given} was asked for. Leave {option} out, or build "
+                f"another engine: build-engine {manifest.model.source} {option} {given} -o DIR"
+            )
+
+
+def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> None:
+    arena = plan_arena(plan, limits)
+    scratch = num_threads * (arena.per_thread_bytes + THREAD_SCRATCH_BYTES) + SHARED_SCRATCH_BYTES
+    most = _MOST_ACTIVATION_BYTES + limits["tokens"] * _MOST_ACTIVATION_BYTES_PER_TOKEN
+    if (needed := arena.arena_bytes + scratch) > most:
+        size = format_bytes(needed) if needed < 1 << 60 else "an absurd amount"
+        raise CapacityError(
+            f"The plan wants {size} for activations, of which no step of {limits['tokens']} tokens needs more than "
+            f"{format_bytes(most)}. The engine is damaged: build it again."
+        )
+
+
+def _group_spec(group: StateGroup) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "kind": group.kind,
+        "window": group.window,
+        "num_layers": group.layers,
+        "block_size": group.block_size,
+        "block_bytes": group.block_bytes,
+        "num_kv_heads": group.num_kv_heads,
+        "head_dim": group.head_dim,
+        "dtype": group.dtype,
+    }
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where names of a plan stand in the core's lists."""
+
+    buffers: dict[str, int]
+    weights: dict[str, int]
+    groups: dict[str, int]
+    layouts: dict[tuple[str, str], str]
+
+    @staticmethod
+    def of(rank: Rank) -> _Places:
+        layouts = {("buffer", buffer.name): buffer.dtype for buffer in rank.plan.buffers}
+        layouts |= {("weight", name): placed.tensor.layout for name, placed in rank.weights.placed.items()}
+        return _Places(
+            {buffer.name: index for index, buffer in enumerate(rank.plan.buffers)},
+            {name: index for index, name in enumerate(rank.weights.placed)},
+            {group.name: index for index, group in enumerate(rank.plan.state_groups)},
+            layouts,
+        )
+
+    def index(self, operand: Operand) -> int:
+        """Place of what an operand names in the list of its kind; 0 for inputs, which have none."""
+        lists = {"buffer": self.buffers, "weight": self.weights, "state": self.groups}
+        return lists[operand.kind][operand.name] if operand.kind in lists else 0
+
+
+def _rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
+    arena, places = plan_arena(rank.plan, limits), _Places.of(rank)
+    return {
+        "weights_path": str(rank.weights_path),
+        "weights_file_bytes": rank.weights.size,
+        "weights": [
+            {
+                "name": name,
+                "layout": placed.tensor.layout,
+                "offset": placed.offset,
+                "bytes": placed.tensor.num_bytes,
+            }
+            for name, placed in rank.weights.placed.items()
+        ],
+        "buffers": [
+            {
+                "name": buffer.name,
+                "bytes": arena.sizes[buffer.name],
+                "offset": arena.offsets[buffer.name],
+                "per_thread": buffer.per_thread,
+            }
+            for buffer in rank.plan.buffers
+        ],
+        "arena_bytes": arena.arena_bytes,
+        "forward": [_call_spec(call, places, guarded_limits(call, limits)) for call in rank.plan.forward],
+        "logits_buffer": places.buffers[rank.plan.logits.buffer],
+        "logits_stride": rank.plan.logits.stride,
+    }
+
+
+def _call_spec(call: Call, places: _Places, largest: dict[str, int]) -> dict[str, Any]:
+    return {
+        "op": call.op,
+        "version": call.version,
+        "region": call.region,
+        "operands": {
+            name: {
+                "kind": operand.kind,
+                "index": places.index(operand),
+                "name": operand.name,
+                "layout": places.layouts.get((operand.kind, operand.name), ""),
+                "offset": operand.offset,
+                "bytes": evaluate(operand.extent, largest),
+                "layer": operand.layer,
+            }
+            for name, operand in call.operands.items()
+        },
+        "attributes": call.attributes,
+        "guard": [[guard.variable, guard.low, guard.high] for guard in call.guard],
+        "max_tokens": largest["tokens"],
+        "max_rows": largest["rows"],
+        "max_sequences": largest["sequences"],
+    }

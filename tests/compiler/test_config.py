@@ -1,0 +1,164 @@
+"""config.json: both spellings read alike, and what is not implemented refused by name, all at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from enginery.compiler.models import read_config
+from enginery.engines.errors import CheckpointError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def read(directory: Path, remove: tuple[str, ...] = (), **changes: Any) -> Any:
+    config = {key: value for key, value in (LLAMA | changes).items() if key not in remove}
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_config(directory)
+
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [3.0, 4.0, 5.0, 6.0]}
+_GEMMA = {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16, "num_hidden_layers": 7}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **_LLAMA3}, "torch_dtype": "bfloat16"},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **_LLAMA3}, "dtype": "bfloat16"},
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        ),
+        (
+            {"partial_rotary_factor": 0.5},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {"type": "su", **_LONG},
+            },
+            {
+                "model_type": "phi3",
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **_LONG},
+            },
+        ),
+        (
+            {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 3},
+            {
+                **_GEMMA,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+        ),
+        (
+            {**_GEMMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {
+                **_GEMMA,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+            },
+        ),
+    ],
+)
+def test_both_spellings_are_read_alike(old: dict[str, Any], new: dict[str, Any], tmp_path: Path) -> None:
+    assert read(tmp_path, **old) == read(tmp_path, **new)
+
+
+def test_windows_are_those_of_the_layers(tmp_path: Path) -> None:
+    assert read(tmp_path, **_GEMMA, sliding_window_pattern=3).windows == (16, 16, 0, 16, 16, 0, 16)
+    assert read(tmp_path, model_type="mistral", sliding_window=7).windows == (7,) * 4
+    assert read(tmp_path, model_type="mistral", sliding_window=None).windows == (0,) * 4
+    assert read(tmp_path, model_type="mistral").windows == (4096,) * 4
+    assert read(tmp_path, model_type="qwen3", sliding_window=7).windows == (0,) * 4
+
+
+def test_scaled_ropes_reach_further(tmp_path: Path) -> None:
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    assert read(tmp_path).max_model_len == 128
+    assert read(tmp_path, **dynamic).max_model_len == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
+        ({"hidden_act": "relu"}, 'hidden_act = "relu"'),
+        ({"rope_scaling": {"rope_type": "spiral"}}, 'rope_scaling.rope_type = "spiral"'),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "moons": 3}}, "rope_parameters.moons"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_multiplier": 0.3}, "attention_multiplier = 0.3"),
+        ({"pretraining_tp": 2}, "pretraining_tp = 2"),
+        ({"head_dim": 12}, "head_dim = 12"),
+        ({"head_dim": 512}, "head_dim = 512"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"num_attention_heads": 7}, "hidden_size = 64"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", **_LONG, "short_factor": [1.0]}}, "short_factor"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 4}, "layer_types"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias"),
+    ],
+)  # fmt: skip
+def test_what_is_not_implemented_is_refused_by_name(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        read(tmp_path, **changes)
+
+
+def test_all_reasons_come_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        read(tmp_path, hidden_act="relu", quantization_config={"bits": 4}, num_experts=8, head_dim=9)
+    for name in ("hidden_act", "quantization_config", "num_experts", "head_dim"):
+        assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_what_is_missing_is_named(key: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=key):
+        read(tmp_path, remove=(key,))
+
+
+def test_bookkeeping_is_no_obstacle(tmp_path: Path) -> None:
+    read(tmp_path, transformers_version="9.9", torch_dtype="float16", _name_or_path="x", use_cache=True, max_length=20)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        read_config(tmp_path)

@@ -1,0 +1,119 @@
+"""The manifest: stable, believed in nothing, and special files in an engine's place are refused without being read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from enginery.engines.errors import EngineFormatError
+from enginery.engines.files import is_plain_name, read_bounded
+from enginery.engines.manifest import MANIFEST, FileEntry, Manifest, Model, encode_manifest, hash_file, read_manifest
+
+SHA = "0" * 64
+FILES = {
+    "plan.rank0.msgpack": FileEntry("plan", "msgpack", 3, SHA, (), 0),
+    "weights.rank0.safetensors": FileEntry("weights", "safetensors", 5, SHA, (SHA,), 0),
+    "config.json": FileEntry("config", "json", 2, SHA),
+    "tokenizer.json": FileEntry("tokenizer", "json", 2, SHA),
+}
+ENGINE = Manifest(Model("llama", "m", "", 99, 512, 1000), "cpu-avx2", "int8", "bf16", 256, 1, {"weights": 5}, FILES)
+
+
+def write(directory: Path, change: Any = lambda document: None) -> Path:
+    document = json.loads(encode_manifest(ENGINE))
+    change(document)
+    (directory / MANIFEST).write_text(json.dumps(document))
+    return directory
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(encode_manifest(ENGINE))
+    assert read_manifest(tmp_path) == ENGINE
+    assert encode_manifest(read_manifest(tmp_path)) == encode_manifest(ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["versions"].update(plan=1), "plan version 1 is newer than 0"),
+        (lambda d: d["versions"].update(manifest=7), "manifest version 7 is newer than 0"),
+        (lambda d: d["versions"].update(moons=0), "moons"),
+        (lambda d: d.update(format="tarball"), "enginery-engine"),
+        (lambda d: d.update(extra=1), "extra"),
+        (lambda d: d.pop("target"), "'target' is missing"),
+        (lambda d: d["files"].update({"../evil": d["files"]["config.json"]}), "plain file name"),
+        (lambda d: d["files"].update({"a/b": d["files"]["config.json"]}), "plain file name"),
+        (lambda d: d["files"].update({MANIFEST: d["files"]["config.json"]}), "plain file name"),
+        (lambda d: d["files"].pop("plan.rank0.msgpack"), "plan of rank 0"),
+        (lambda d: d["files"]["config.json"].update(sha256="xyz"), "sha256 in hex"),
+        (lambda d: d["files"]["config.json"].update(size=-1), "size"),
+        (lambda d: d["files"]["config.json"].update(role="virus"), "virus"),
+        (lambda d: d["files"]["weights.rank0.safetensors"].update(chunks=[SHA, SHA]), "chunks"),
+        (lambda d: d["mesh"].update(tensor_parallel_size=2), "2 ranks"),
+        (lambda d: d["model"].update(vocab_size=0), "vocab_size"),
+    ],
+)
+def test_damaged_manifests_are_refused_by_name(change: Any, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineFormatError, match=reason):
+        read_manifest(write(tmp_path, change))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "nul", '"x"', "[" * 5000, "\xff"])
+def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(EngineFormatError):
+        read_manifest(tmp_path)
+
+
+def test_a_directory_without_a_manifest_is_no_engine(tmp_path: Path) -> None:
+    with pytest.raises(EngineFormatError, match="build-engine MODEL"):
+        read_manifest(tmp_path)
+    with pytest.raises(EngineFormatError, match="does not exist"):
+        read_manifest(tmp_path / "nothing")
+
+
+def _directory(path: Path) -> None:
+    path.mkdir()
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(os.mkfifo, "FIFO"), (_directory, "directory"), (_device, "device"), (_dangling, "link to nothing")],
+)
+def test_special_files_are_refused_without_being_read(make: Any, reason: str, tmp_path: Path) -> None:
+    make(tmp_path / MANIFEST)
+    with pytest.raises(EngineFormatError, match=reason):
+        read_manifest(tmp_path)
+
+
+def test_large_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    with open(tmp_path / "big", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EngineFormatError, match="at most 100"):
+        read_bounded(tmp_path / "big", "it", 100)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a\nb", "x" * 256, "/etc/passwd"])
+def test_names_that_are_not_plain(name: str) -> None:
+    assert not is_plain_name(name)
+
+
+def test_weights_are_hashed_by_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enginery.engines.manifest.CHUNK_BYTES", 4)
+    (tmp_path / "w").write_bytes(b"0123456789")
+    entry = hash_file(tmp_path / "w", "weights", "safetensors", 0)
+    assert (entry.size, len(entry.chunks)) == (10, 3)
+    assert entry.chunks == tuple(hashlib.sha256(part).hexdigest() for part in (b"0123", b"4567", b"89"))
+    assert not hash_file(tmp_path / "w", "config", "json").chunks

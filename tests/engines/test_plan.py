@@ -1,0 +1,181 @@
+"""Plans: what is written is read, what is damaged is refused, what reaches outside is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+from enginery.engines.errors import EngineFormatError
+from enginery.engines.expressions import check_expression, evaluate
+from enginery.engines.plan import (
+    Buffer,
+    Call,
+    Logits,
+    Operand,
+    Plan,
+    PrefixKey,
+    Range,
+    StateGroup,
+    check_bounds,
+    decode_plan,
+    encode_plan,
+    plan_arena,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+LIMITS = {"tokens": 8, "rows": 2, "sequences": 2}
+WEIGHTS = {"w": 100}
+
+
+def make_plan(**operands: Operand) -> Plan:
+    default = {
+        "x": Operand("buffer", "x", 0, ["*", "tokens", 256], "r"),
+        "weight": Operand("weight", "w", 0, 100, "r"),
+        "ids": Operand("input", "token_ids"),
+        "state": Operand("state", "full", 0, 0, "rw", 1),
+    }
+    call = Call(
+        "linear", 0, 3, default | operands, {"n": 4, "softcap": 0.5, "domain": "tokens"}, (Range("tokens", 0, 4),)
+    )
+    return Plan(
+        rank=0,
+        world_size=1,
+        step_inputs=("token_ids",),
+        state_groups=(StateGroup("full", "full", 0, 2, 32, 4096, 2, 8, "bf16"),),
+        buffers=(
+            Buffer("x", "f32", ["*", "tokens", 256], 0),
+            Buffer("y", "f32", ["*", "rows", 400], 0),
+            Buffer("p", "u8", 100, 1, per_thread=True),
+        ),
+        forward=(call,),
+        logits=Logits("y", 99, 100),
+        prefix_key=PrefixKey(48, True),
+    )
+
+
+def test_what_is_written_is_read() -> None:
+    plan = make_plan()
+    assert decode_plan(encode_plan(plan), "plan") == plan
+    check_bounds(plan, LIMITS, WEIGHTS, "plan")
+
+
+def test_buffers_of_one_slot_share_bytes() -> None:
+    arena = plan_arena(make_plan(), LIMITS)
+    assert arena.offsets["x"] == arena.offsets["y"] == 0
+    assert (arena.arena_bytes, arena.per_thread_bytes) == (2048, 128)
+
+
+@pytest.mark.parametrize(
+    ("operands", "reason"),
+    [
+        ({"x": Operand("buffer", "x", 0, ["*", "tokens", 1000], "r")}, "reaches byte 4000"),
+        ({"x": Operand("buffer", "x", 2048, 1, "r")}, "reaches byte 2049"),
+        ({"x": Operand("buffer", "nothing", 0, 1, "r")}, "does not exist"),
+        ({"weight": Operand("weight", "w", 1, 100, "r")}, "reaches byte 101"),
+        ({"ids": Operand("input", "rows")}, "not declared"),
+        ({"state": Operand("state", "full", 0, 0, "rw", 2)}, "layer 2"),
+        ({"state": Operand("state", "window", 0, 0, "rw", 0)}, "does not exist"),
+    ],
+)
+def test_operands_outside_of_what_they_name_are_refused(operands: dict[str, Operand], reason: str) -> None:
+    with pytest.raises(EngineFormatError, match=reason):
+        check_bounds(make_plan(**operands), LIMITS, WEIGHTS, "plan")
+
+
+def test_a_guard_bounds_what_its_call_touches() -> None:
+    plan = make_plan(p=Operand("buffer", "p", 0, ["*", "tokens", 25], "w"))
+    check_bounds(plan, LIMITS, WEIGHTS, "plan")
+    unguarded = replace(plan, forward=(replace(plan.forward[0], guard=()),))
+    with pytest.raises(EngineFormatError, match="reaches byte 200"):
+        check_bounds(unguarded, LIMITS, WEIGHTS, "plan")
+
+
+def test_logits_must_fit_their_buffer() -> None:
+    with pytest.raises(EngineFormatError, match="logits"):
+        check_bounds(replace(make_plan(), logits=Logits("y", 99, 101)), LIMITS, WEIGHTS, "plan")
+
+
+def _document() -> dict[str, Any]:
+    document: dict[str, Any] = msgpack.unpackb(encode_plan(make_plan()))
+    return document
+
+
+def _set(path: list[Any], value: Any) -> dict[str, Any]:
+    document = _document()
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return document
+
+
+_CALL = ["entry_points", "forward", "instructions", 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (["version"], 1, "newer than 0"),
+        (["version"], True, "integer"),
+        (["surprise"], 1, "unknown field 'surprise'"),
+        (["rank"], 1, "from 0 to 0"),
+        (["step_inputs", 0], "moon_phase", "moon_phase"),
+        (["buffers", 0, "bytes"], ["-", "tokens", 1], "expression"),
+        (["buffers", 0, "bytes"], "moons", "expression"),
+        (["buffers", 0, "bytes"], ["ceil_div", "tokens", 0], "positive"),
+        (["buffers", 0, "bytes"], -1, "expression"),
+        (["buffers", 0, "bytes"], 1 << 60, "expression"),
+        (["buffers", 0, "dtype"], "f99", "f99"),
+        (["buffers", 1, "name"], "x", "same name"),
+        (["state_groups", 0, "kind"], "recurrent", "full, window"),
+        (["state_groups", 0, "block_size"], 0, "from 16"),
+        ([*_CALL, "kind"], "launch", "call"),
+        ([*_CALL, "guard"], [["tokens", 0]], "low, high"),
+        ([*_CALL, "operands", "x", "access"], "x", "r, w, rw"),
+        ([*_CALL, "operands", "x", "offset"], -1, "from 0"),
+        ([*_CALL, "attributes", "n"], [1], "number, text or boolean"),
+        (["entry_points", "draft"], {}, "draft"),
+        (["entry_points"], 3, "a map"),
+    ],
+)
+def test_damaged_plans_are_refused_by_name(path: list[Any], value: Any, reason: str) -> None:
+    with pytest.raises(EngineFormatError, match=reason):
+        decode_plan(msgpack.packb(_set(path, value)), "plan")
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(data: bytes) -> None:
+    with pytest.raises(EngineFormatError):
+        decode_plan(data, "plan")
+
+
+@given(st.data())
+def test_truncated_and_flipped_plans_are_read_or_refused(data: st.DataObject) -> None:
+    whole = bytearray(encode_plan(make_plan()))
+    position = data.draw(st.integers(0, len(whole) - 1))
+    whole[position] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(whole)))
+    with contextlib.suppress(EngineFormatError):
+        check_bounds(decode_plan(bytes(whole[:end]), "plan"), LIMITS, WEIGHTS, "plan")
+
+
+_leaf = st.one_of(st.integers(0, 100), st.sampled_from(["tokens", "rows", "sequences"]))
+_expressions = st.recursive(
+    _leaf,
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from(["+", "*", "min", "max"]), inner, inner).map(list),
+        st.tuples(st.sampled_from(["ceil_div", "round_up"]), inner, st.integers(1, 64)).map(list),
+    ),
+    max_leaves=8,
+)
+
+
+@given(_expressions, st.integers(0, 50), st.integers(0, 50))
+def test_expressions_never_fall(expression: Any, tokens: int, more: int) -> None:
+    checked = check_expression(expression, "here")
+    small = {"tokens": tokens, "rows": 3, "sequences": 2}
+    assert evaluate(checked, small) <= evaluate(checked, small | {"tokens": tokens + more})
