@@ -158,9 +158,14 @@ class Engine:
             )
 
     def start(
-        self, token_ids: list[int], params: SamplingParams, sink: Sink, assembly: Assembly | None = None
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink,
+        assembly: Assembly | None = None,
+        first_index: int = 0,
     ) -> Request:
-        """Submits the n outputs of a prompt. Raises RequestError, EngineryError."""
+        """Submits the n outputs of a prompt, numbered from `first_index`. Raises RequestError, EngineryError."""
         if self._damage is not None:
             raise EngineFormatError(self._damage)
         if not self._close.alive:
@@ -172,9 +177,8 @@ class Engine:
             for index in range(params.n):
                 if params.seed is not None:
                     values["seed"] = _signed(params.seed + index)
-                sequence = Sequence(index, self.tokenizer, token_ids, params, self.model.stop_token_ids)
+                sequence = Sequence(first_index + index, self.tokenizer, token_ids, params, self.model.stop_token_ids)
                 request.ids.append(self._pump.submit(values, sequence, sink))
-                values["prompt_logprobs"] = -1  # of the first output alone: they are the same for all
         except BaseException:
             request.abort()
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -144,7 +143,8 @@ def _number(low: float, high: float, above: bool = False) -> _Check:
     wanted = f"a number above {low:g} and at most {high:g}" if above else f"a number from {low:g} to {high:g}"
 
     def check(name: str, value: Any) -> Fault | None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # NaN fails every comparison, and no bound is infinite.
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and (low < value <= high if above else low <= value <= high):
             return None
         return _fault(name, wanted, value)

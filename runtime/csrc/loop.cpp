@@ -116,7 +116,6 @@ void Loop::close() {
     if (thread_.joinable()) thread_.join();
     take_commands();
     finish_all(FinishReason::kAbort, "");
-    publish_stats();
     outbox_.close();
     closed_ = true;
 }
@@ -155,6 +154,7 @@ bool Loop::take_commands() {
         } else if (const auto found = sequences_.find(command.aborted); found != sequences_.end()) {
             Outbox::Writer writer(outbox_);
             finish(writer, *found->second, FinishReason::kAbort);
+            publish_stats();
         }
     }
     commands_.clear();
@@ -187,7 +187,6 @@ bool Loop::make_step() {
         break_down(error.what());
     }
     counters_.loop_seconds += monotonic_seconds() - step_time_ - (counters_.executor_seconds - executor_before);
-    publish_stats();
     return true;
 }
 
@@ -210,6 +209,7 @@ bool Loop::run_executor(const std::vector<Chunk>& chunks) {
         finish(writer, *chunk.sequence, FinishReason::kError,
                "the step that this request was part of failed: " + error);
     }
+    publish_stats();
     return false;
 }
 
@@ -258,6 +258,7 @@ void Loop::apply_step(const std::vector<Chunk>& chunks) {
             if (!apply_row(writer, batch_.tasks()[task], results_[task])) break;
         }
     }
+    publish_stats();
 }
 
 // False when the sequence has ended, and is gone.
@@ -336,6 +337,7 @@ void Loop::finish_all(FinishReason reason, const std::string& error) {
     for (const auto& [id, sequence] : sequences_) ids.push_back(id);
     std::sort(ids.begin(), ids.end());
     for (const int64_t id : ids) finish(writer, *sequences_.at(id), reason, error);
+    publish_stats();
 }
 
 // A broken invariant is our own mistake: nothing that runs can be trusted, and nothing new is taken.
@@ -354,8 +356,10 @@ void Loop::break_down(std::string what) {
     }
     scheduler_.clear();
     sequences_.clear();
+    publish_stats();
 }
 
+// Before the outputs of a step can be fetched, so that whoever has them finds them counted.
 void Loop::publish_stats() {
     counters_.num_running = static_cast<int64_t>(scheduler_.num_running());
     counters_.num_waiting = static_cast<int64_t>(scheduler_.num_waiting());

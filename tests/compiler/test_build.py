@@ -82,7 +82,7 @@ def test_weights_are_those_of_the_checkpoint(checkpoint: Path, tmp_path: Path) -
     prefix = "model.layers.1.self_attn"
     qkv = np.concatenate([source[f"{prefix}.{name}_proj.weight"].numpy() for name in "qkv"])
     np.testing.assert_array_equal(packed("layers.1.qkv.weight"), qkv)
-    gate, up = deinterleave_gated(packed("layers.1.gated.gate_up.weight"), 72)
+    gate, up = deinterleave_gated(packed("layers.1.gate_up.weight"), 72)
     np.testing.assert_array_equal(gate, source["model.layers.1.mlp.gate_proj.weight"].numpy())
     np.testing.assert_array_equal(up, source["model.layers.1.mlp.up_proj.weight"].numpy())
 

@@ -255,6 +255,20 @@ def test_unseeded_requests_differ_and_seeded_ones_repeat() -> None:
         assert outputs[2] == outputs[3]
 
 
+def test_penalties_count_what_the_loop_has_generated_and_the_prompt() -> None:
+    with running() as core:
+        favourite = request([1, 2], max_tokens=12, logit_bias={5: 9.0})  # beyond the null device's -4 to 4
+        for changes in ({}, {"frequency_penalty": 2.0}, {"repetition_penalty": 100.0}):
+            core.submit({**favourite, **changes})
+        core.submit({**favourite, "prompt_token_ids": [1, 5], "repetition_penalty": 100.0})
+        outputs = [tokens(parts) for _, parts in sorted(drain(core, 4).items())]
+        assert outputs[0] == [5] * 12
+        assert outputs[1][0] == 5
+        assert outputs[1].count(5) < 12
+        assert (outputs[2][0], outputs[2].count(5)) == (5, 1)
+        assert outputs[3].count(5) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
