@@ -76,6 +76,7 @@ class Core:
         prefix_cache_queries, prefix_cache_hits    prompt tokens looked up and found
         finished                                   requests by reason: {"stop": n, "length": n, "abort": n, "error": n}
         loop_seconds, executor_seconds             time in steps outside of the executor, and in it
+        wake_seconds                               time after steps to wake who waits for outputs
         groups                                     of each state group name, num_blocks, used_blocks, cached_blocks
         kv_cache_usage                             used share of the fullest group, 0 to 1
         internal_error                             None, or what broke: then every request ended and no new one is taken
@@ -96,14 +97,15 @@ def run_call(
 ) -> None:
     """Runs one operator's kernel on arrays, in place; for tests and the compiler's checks.
 
-    isa: exactly that build of the kernels, also "avx512-vnni-bf16". call: the fields of CallSpec (csrc/call.h), "groups"
-    (of StateGroupSpec) and "per_thread", operands of which each thread has a copy in turn. operands: an array for each
-    buffer, weight and state [num_blocks, block_bytes]. step: the arrays of Step (csrc/step.h) under their names.
+    isa: exactly that build of the kernels, also "avx512-vnni-bf16". call: the fields of CallSpec (csrc/call.h),
+    "groups" (of StateGroupSpec) and "per_thread", operands of which each thread has a copy in turn. operands: an
+    array for each buffer, weight and state [num_blocks, block_bytes]. step: the arrays of Step (csrc/step.h) under
+    their names.
     Raises EngineFormatError for a call that is not sound, TargetError where the machine lacks the ISA.
     """
 
 def run_forward(spec: dict[str, Any], steps: list[dict[str, Any]]) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
-    """Runs steps one after another on a CPU executor without a loop: each step's logits [rows, vocab_size], and its memory.
+    """Runs steps on a CPU executor without a loop: each step's logits [rows, vocab_size], and the executor's memory.
 
     spec: as for Core. steps: as for run_call. Raises what loading an engine raises.
     """

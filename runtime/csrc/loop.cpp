@@ -158,6 +158,7 @@ bool Loop::take_commands() {
         }
     }
     commands_.clear();
+    outbox_.wake();
     return goes_on;
 }
 
@@ -165,6 +166,7 @@ bool Loop::take_commands() {
 bool Loop::make_step() {
     if (!counters_.internal_error.empty()) {
         break_down(counters_.internal_error);
+        outbox_.wake();
         return false;
     }
     step_time_ = monotonic_seconds();
@@ -186,7 +188,10 @@ bool Loop::make_step() {
     } catch (const std::exception& error) {
         break_down(error.what());
     }
-    counters_.loop_seconds += monotonic_seconds() - step_time_ - (counters_.executor_seconds - executor_before);
+    const double ended = monotonic_seconds();
+    counters_.loop_seconds += ended - step_time_ - (counters_.executor_seconds - executor_before);
+    outbox_.wake();
+    counters_.wake_seconds += monotonic_seconds() - ended;
     return true;
 }
 

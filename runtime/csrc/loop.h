@@ -56,6 +56,7 @@ struct LoopStats {
     std::array<int64_t, kNumFinishReasons> finished{};
     double loop_seconds = 0;      // in steps, outside the executor
     double executor_seconds = 0;  // in launch and collect
+    double wake_seconds = 0;      // waking who waits for outputs, after a step
     std::vector<GroupStats> groups;
     std::string internal_error;  // a broken invariant of the loop; empty if there was none
 };

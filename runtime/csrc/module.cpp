@@ -3,12 +3,11 @@
 
 #include "errors.h"
 #include "from_python.h"
+#include "kernels_module.h"
 #include "loop.h"
 #include "sampler.h"
 
 namespace enginery {
-
-void bind_kernels(nb::module_& module);  // kernels_module.cpp
 
 namespace {
 
@@ -64,6 +63,7 @@ nb::dict stats_of(Loop& loop) {
     dict["prefix_cache_hits"] = stats.prefix_cache_hits;
     dict["loop_seconds"] = stats.loop_seconds;
     dict["executor_seconds"] = stats.executor_seconds;
+    dict["wake_seconds"] = stats.wake_seconds;
     nb::dict finished;
     for (size_t reason = 1; reason < kNumFinishReasons; ++reason) {
         finished[name_of(static_cast<FinishReason>(reason))] = stats.finished[reason];

@@ -34,20 +34,13 @@ struct Output {
 
 class Outbox {
   public:
-    // Held by the loop while it writes; whoever waits is woken once, when it lets go.
+    // Held by the loop while it writes; wake() follows when it has let go.
     class Writer {
       public:
         explicit Writer(Outbox& outbox) : outbox_(outbox), lock_(outbox.mutex_) {}
-        ~Writer() {
-            const bool wakes = !outbox_.outputs_.empty();
-            lock_.unlock();
-            if (wakes) outbox_.arrived_.notify_all();
-        }
-        Writer(const Writer&) = delete;
-        Writer& operator=(const Writer&) = delete;
-
         // The output of `sequence` that nobody has fetched, made if there is none; valid until the next call.
         Output& output(Sequence& sequence) {
+            outbox_.has_news_ = true;
             if (sequence.outbox_epoch != outbox_.epoch_) {
                 sequence.outbox_epoch = outbox_.epoch_;
                 sequence.outbox_index = outbox_.outputs_.size();
@@ -60,6 +53,14 @@ class Outbox {
         Outbox& outbox_;
         std::unique_lock<std::mutex> lock_;
     };
+
+    // Wakes whoever waits, if something was written since the last call. The loop's; on a virtual machine this may take
+    // longer than all else in a step.
+    void wake() {
+        if (!has_news_) return;
+        has_news_ = false;
+        arrived_.notify_all();
+    }
 
     // All outputs; waits for one up to `timeout`, or until close().
     std::vector<Output> take(std::chrono::duration<double> timeout) {
@@ -86,6 +87,7 @@ class Outbox {
     std::vector<Output> outputs_;
     int64_t epoch_ = 0;
     bool closed_ = false;
+    bool has_news_ = false;  // the loop thread's
 };
 
 }  // namespace enginery

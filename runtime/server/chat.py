@@ -16,7 +16,7 @@ from ..engine import Engine
 from ..sequence import Delta
 from .choices import Choice, Run
 from .errors import ApiError, invalid
-from .logprobs import LogprobWriter, prompt_logprobs_json
+from .logprobs import LogprobWriter, hidden_ids, prompt_logprobs_json
 from .messages import parse_messages
 from .prompts import encode
 from .protocol import LARGEST_LOGPROBS, Body, Common, parse_common, refuse, require_room
@@ -115,7 +115,7 @@ class ChatAnswer:
 
     def __init__(self, chat: ChatRequest, token_ids: list[int], run: Run, engine: Engine, state: ServerState) -> None:
         self._chat, self._prompt_token_ids, self._run = chat, token_ids, run
-        self._logprobs = LogprobWriter(engine.tokenizer, state.hidden_ids(chat.common.params), chat.common.tokens_as_ids)
+        self._logprobs = LogprobWriter(engine.tokenizer, hidden_ids(engine, chat.common.params), chat.common.tokens_as_ids)
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if chat.common.stream else "chat.completion",
@@ -123,6 +123,7 @@ class ChatAnswer:
             "model": state.answering_name(chat.common.model),
             "system_fingerprint": state.fingerprint,
         }
+        self._prefix = event(self._head).decode()[:-3] + ',"choices":['
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer of a request without streaming."""
@@ -199,13 +200,6 @@ class ChatAnswer:
             f'{self._prefix}{{"index":{delta.index},"delta":{{"content":{quote(delta.text)}}},"logprobs":null,'
             f'"finish_reason":null}}]{usage}}}\n\n'
         ).encode()
-
-    @property
-    def _prefix(self) -> str:
-        head = self.__dict__.get("_prefix_text")
-        if head is None:
-            head = self.__dict__["_prefix_text"] = event(self._head).decode()[:-3] + ',"choices":['
-        return str(head)
 
     def _event(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..requests import Logprob, PositionLogprobs
+from ..engine import Engine
+from ..requests import Logprob, PositionLogprobs, SamplingParams
 from ..tokenizer import Tokenizer
 
 # JSON has no infinity.
@@ -13,6 +14,15 @@ _LEAST = -9999.0
 
 def _finite(logprob: float) -> float:
     return logprob if logprob > _LEAST else _LEAST
+
+
+def hidden_ids(engine: Engine, params: SamplingParams) -> frozenset[int]:
+    """Tokens that are made but do not show in the text."""
+    special = engine.tokenizer.special_ids if params.skip_special_tokens else frozenset()
+    if params.include_stop_str_in_output:
+        return special
+    ends = () if params.ignore_eos else engine.model.stop_token_ids
+    return special | {*ends, *(params.stop_token_ids or ())}
 
 
 class LogprobWriter:

@@ -1,0 +1,83 @@
+"""What int8 costs on a trained checkpoint: perplexity, KL divergence and top-1 agreement against the fp32 engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import enginery
+import numpy as np
+import pytest
+from enginery import SamplingParams
+from enginery.compiler.build import BuildRequest, build, prepare
+from tokenizers import Tokenizer
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+MODEL = SHARED / "models" / "stories260K"
+TEXT = SHARED / "text" / "eval_tinystories.txt"
+WINDOW = 256
+NUM_WINDOWS = 234
+BOS = 1
+DISTRIBUTION_STRIDE = 12
+
+Array = np.ndarray[Any, Any]
+
+pytestmark = pytest.mark.skipif(
+    not MODEL.exists(), reason="needs the trained checkpoint stories260K beside the checkout"
+)
+
+
+def windows() -> list[list[int]]:
+    """BOS and stripped story, one after the other: the first 60,000 tokens in windows of 256."""
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    stories = [story.strip() for story in TEXT.read_text().split("<|endoftext|>")]
+    tokens: list[int] = []
+    for story in filter(None, stories):
+        tokens += [BOS, *tokenizer.encode(story, add_special_tokens=False).ids]
+    return [tokens[index * WINDOW : (index + 1) * WINDOW] for index in range(NUM_WINDOWS)]
+
+
+class Measured:
+    """An engine's logprobs of the text: of every token [windows, 255], and whole distributions for some windows."""
+
+    def __init__(self, directory: Path, texts: list[list[int]], **options: Any) -> None:
+        with prepare(BuildRequest(str(MODEL), directory, **options)) as prepared:
+            engine = build(prepared)
+            vocab = prepared.config.vocab_size
+        with enginery.Engine.load(engine, max_num_batched_tokens=256, max_num_seqs=64) as loaded:
+            self.targets = self._logprobs(loaded, texts, 0)
+            sample = texts[::DISTRIBUTION_STRIDE]
+            self.distributions = self._logprobs(loaded, sample, vocab)
+
+    @staticmethod
+    def _logprobs(loaded: enginery.Engine, texts: list[list[int]], count: int) -> Array:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=count, detokenize=False)
+        rows = []
+        for output, text in zip(loaded.generate(texts, params), texts, strict=True):
+            assert output.prompt_logprobs is not None
+            entries = [entry for entry in output.prompt_logprobs if entry is not None]
+            tokens = [[token] if count == 0 else range(count) for token in text[1:]]
+            rows.append([[e[t].logprob for t in wanted] for e, wanted in zip(entries, tokens, strict=True)])
+        return np.array(rows)
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(-self.targets.mean()))
+
+
+def test_int8_stays_near_fp32(tmp_path: Path) -> None:
+    texts = windows()
+    exact = Measured(tmp_path / "fp32", texts, precision="fp32")
+    assert exact.perplexity == pytest.approx(4.6252, rel=1e-3)
+    for precision, bound, divergence, agreement in (("bf16", 0.08, 0.0012, 0.97), ("int8", 0.25, 0.0025, 0.97)):
+        got = Measured(tmp_path / precision, texts, precision=precision)
+        change = 100 * (got.perplexity / exact.perplexity - 1)
+        fine, coarse = exact.distributions, got.distributions
+        kl = float((np.exp(fine) * (fine - coarse)).sum(-1).mean())
+        top1 = float((fine.argmax(-1) == coarse.argmax(-1)).mean())
+        print(f"{precision}: perplexity {change:+.3f} %, mean KL {kl:.5f}, top-1 {top1:.4f}")
+        assert change <= bound
+        assert kl <= divergence
+        assert top1 >= agreement
+        # Far below what the scheme costs, it would not be quantizing what it says.
+        assert kl > divergence / 20
