@@ -18,7 +18,12 @@ import numpy as np
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-stories" / "model"
 
-_COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16", "tie_word_embeddings": True}
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _COMMON
     | {

@@ -24,7 +24,7 @@ class StateShape:
     max_num_batched_tokens: int
 
     def blocks_of_sequence(self, group: StateGroup, length: int) -> int:
-        """Blocks that one sequence of `length` tokens holds at most; a window keeps what it sees, and a step's tokens."""
+        """The most blocks that a sequence of `length` tokens holds; a window keeps what it sees and a step's tokens."""
         blocks = -(-length // group.block_size)
         if not group.window:
             return blocks

@@ -71,7 +71,7 @@ class ChatTemplate:
 
 
 def read_chat_template(jinja: str | None, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:
-    """The engine's template: chat_template.jinja, or chat_template of tokenizer_config.json (the "default" of several)."""
+    """The template of chat_template.jinja, or else of tokenizer_config.json (the "default" one of several)."""
     source: object = jinja if jinja is not None else tokenizer_config.get("chat_template")
     if isinstance(source, list):
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
@@ -106,7 +106,7 @@ def _cut_at_tag(text: str, final: str) -> str:
     tag = _CONTINUE_TAG.strip()
     if final.strip() not in text or tag not in text:
         raise RequestError(
-            "continue_final_message: the chat template drops the last message or parts of it, so it cannot be continued."
+            "continue_final_message: the chat template drops the last message or parts of it; it cannot go on."
         )
     at = text.rindex(tag)
     kept = text[:at]

@@ -18,14 +18,11 @@ _DIRECTORY = click.Path(path_type=Path)
 _FLAWED = 2
 
 
-class _Bytes(click.ParamType):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_bytes(value)
-        except EngineryError as error:
-            self.fail(str(error), param, context)
+def _parse_size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value)
+    except EngineryError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command(name="run-engine", context_settings=_HELP)
@@ -62,8 +59,8 @@ class _Bytes(click.ParamType):
 )
 @click.option(
     "--kv-cache-memory-bytes",
-    type=_Bytes(),
-    help="Memory for the state of sequences, such as 4GiB. [default: what they could need, at most 30 % of what is free]",
+    callback=_parse_size,
+    help="Memory for the state of sequences, such as 4GiB. [default: what they may need, at most 30 % of what is free]",
 )
 @click.option(
     "--capacity-scheduler-policy",

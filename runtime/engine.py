@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
-import threading
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence as AbstractSequence
+from collections.abc import AsyncIterator, Mapping
+from collections.abc import Sequence as AbstractSequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -148,14 +147,12 @@ class Engine:
             raise InvalidField("The prompt is empty: it has no tokens.", "prompt")
         if len(token_ids) >= longest:
             raise PromptTooLong(
-                f"This model's maximum context length is {longest} tokens, but the prompt has {len(token_ids)} and leaves "
-                f"no room for an answer. Shorten it, or serve with a larger --max-model-len."
+                f"This model's maximum context length is {longest} tokens, but the prompt has {len(token_ids)} and "
+                f"leaves no room for an answer. Shorten it, or serve with a larger --max-model-len."
             )
         if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-            raise InvalidField(
-                f"Token id {short(wrong)} is out of vocabulary: wanted 0 to {vocab_size - 1}.", "prompt"
-            )
+            raise InvalidField(f"Token id {short(wrong)} is out of vocabulary: wanted 0 to {vocab_size - 1}.", "prompt")
 
     def start(
         self,
@@ -239,7 +236,7 @@ class Engine:
         return self._core.stats()
 
     def wait_until_verified(self, timeout_s: float | None = None) -> bool:
-        """Waits until the weights are hashed; False if that takes longer. Raises EngineFormatError if they are damaged."""
+        """Waits until the weights are hashed; False if that takes longer. Raises EngineFormatError for damage."""
         if self._check is not None:
             self._check.begin()
             if not self._check.finished.wait(timeout_s):

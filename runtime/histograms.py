@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-_LONG_SECONDS = (*_SECONDS[5:], 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+_LONG_SECONDS = (*_SECONDS, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 
 
 class Histogram:
-    """Observations by upper bounds, as Prometheus has them. buckets: counts, the last one of what is above all bounds."""
+    """Observations by upper bounds, as Prometheus has them. buckets: counts, the last of what is above all bounds."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds

@@ -8,11 +8,14 @@ from typing import Any
 
 from ..engines.defaults import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, step_limits
 from ..engines.manifest import VERSIONS
-from ..engines.plan import Call, Plan, plan_arena
+from ..engines.plan import Call, Plan, Range, plan_arena
 from ..engines.sizes import format_bytes
 from .capacity import StateShape
 from .files import EngineFiles, open_engine
 from .loader import Rank, read_ranks
+
+# A guard that no step reaches is none.
+_UNBOUNDED = 1 << 31
 
 
 def inspect_engine(directory: Path) -> dict[str, Any]:
@@ -100,8 +103,14 @@ def _variant(call: Call, rank: Rank) -> str:
         for operand in call.operands.values()
         if operand.kind == "state" and operand.name in groups
     ]
-    forms += [f"{guard.variable} {guard.low}…{guard.high}" for guard in call.guard]
+    forms += [_guard(guard) for guard in call.guard]
     return ", ".join(forms)
+
+
+def _guard(guard: Range) -> str:
+    if guard.high >= _UNBOUNDED:
+        return f"{guard.variable} ≥ {guard.low}"
+    return f"{guard.variable} ≤ {guard.high}" if guard.low <= 1 else f"{guard.variable} {guard.low}…{guard.high}"
 
 
 def _dtype(plan: Plan, name: str) -> str:
@@ -114,7 +123,10 @@ def describe_engine(facts: dict[str, Any]) -> str:
     revision = f" at {model['revision']}" if model["revision"] else ""
     parameters = f"{model['num_parameters'] / 1e6:,.1f} M parameters"
     rows = [
-        ("model", f"{model['source']}{revision} ({model['architecture']}, {parameters}, vocabulary {model['vocab_size']})"),
+        (
+            "model",
+            f"{model['source']}{revision} ({model['architecture']}, {parameters}, vocabulary {model['vocab_size']})",
+        ),
         ("target", facts["target"]),
         ("precision", f"{facts['precision']}, KV cache {facts['kv_cache_dtype']}"),
         ("context", f"{facts['max_model_len']} tokens (the model's own: {model['max_model_len']})"),

@@ -1,4 +1,4 @@
-"""From an engine's files to what the core executes: plans and headers checked, memory decided, plain data at the end."""
+"""From an engine's files to what the core executes: all checked, memory decided, plain data at the end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from ..engines.defaults import SHARED_SCRATCH_BYTES, THREAD_SCRATCH_BYTES, step_limits
 from ..engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError, faults
+from ..engines.expressions import evaluate
 from ..engines.manifest import Manifest
 from ..engines.plan import Call, Operand, Plan, StateGroup, check_bounds, decode_plan, guarded_limits, plan_arena
-from ..engines.expressions import evaluate
 from ..engines.sizes import format_bytes
 from ..engines.targets import TARGETS, Target, best_target, missing_features
 from ..engines.weights import WeightsFile, read_weights_header

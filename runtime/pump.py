@@ -111,7 +111,9 @@ class Pump:
             delta = ticket.sequence.advance(output)
         except Exception as error:
             # One request's text must not end everybody's.
-            delta = Delta(ticket.sequence.index, "", [], finish_reason="error", error=f"{type(error).__name__}: {error}")
+            delta = Delta(
+                ticket.sequence.index, "", [], finish_reason="error", error=f"{type(error).__name__}: {error}"
+            )
         self._observe(ticket, output, delta, now)
         return delta
 

@@ -46,7 +46,7 @@ class SamplingParams:
     stop_token_ids      token ids that end it, beside the model's own end tokens
     max_tokens          None: up to the context's end
     min_tokens          no stop token and no stop string before
-    logprobs            k: of each token its own and the k likeliest, of the distribution before any parameter changed it
+    logprobs            k: of each token its own and the k likeliest, of the distribution that the model gave
     prompt_logprobs     the same for the prompt; the first token has none
     logit_bias          token id -> what is added to its logit
     """

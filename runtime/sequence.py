@@ -80,7 +80,9 @@ class Sequence:
         if self._detokenizer is None:
             self.num_tokens += len(delta.token_ids)
             return
-        hidden = len(delta.token_ids) - 1 if ends_with_stop_token and not self._params.include_stop_str_in_output else -1
+        hidden = (
+            len(delta.token_ids) - 1 if ends_with_stop_token and not self._params.include_stop_str_in_output else -1
+        )
         wants_offsets = self._params.logprobs is not None
         parts = []
         for place, token_id in enumerate(delta.token_ids):

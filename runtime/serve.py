@@ -131,7 +131,8 @@ class _Service:
     async def _live(self) -> int:
         stopping = asyncio.create_task(self._stopping.wait())
         loading = asyncio.wrap_future(self._loading)
-        await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {stopping, loading}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
             return 0

@@ -70,9 +70,7 @@ def _render(body: Body, template: ChatTemplate, messages: list[Message]) -> str:
     goes_on = body.boolean("continue_final_message")
     add_generation_prompt = body.boolean("add_generation_prompt", default=not goes_on)
     if goes_on and add_generation_prompt:
-        raise invalid(
-            "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
-        )
+        raise invalid("continue_final_message and add_generation_prompt exclude each other.", "continue_final_message")
     variables = body.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         refuse("chat_template_kwargs", "an object", variables)
@@ -115,7 +113,9 @@ class ChatAnswer:
 
     def __init__(self, chat: ChatRequest, token_ids: list[int], run: Run, engine: Engine, state: ServerState) -> None:
         self._chat, self._prompt_token_ids, self._run = chat, token_ids, run
-        self._logprobs = LogprobWriter(engine.tokenizer, hidden_ids(engine, chat.common.params), chat.common.tokens_as_ids)
+        self._logprobs = LogprobWriter(
+            engine.tokenizer, hidden_ids(engine, chat.common.params), chat.common.tokens_as_ids
+        )
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if chat.common.stream else "chat.completion",
@@ -127,7 +127,8 @@ class ChatAnswer:
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer of a request without streaming."""
-        document = {**self._head, "choices": [self._choice(index, choice) for index, choice in enumerate(choices)]}
+        written = [self._choice(index, choice) for index, choice in enumerate(choices)]
+        document: dict[str, Any] = {**self._head, "choices": written}
         document["usage"] = self._run.usage()
         if (logprobs := choices[0].prompt_logprobs) is not None:
             document["prompt_logprobs"] = prompt_logprobs_json(logprobs)

@@ -77,7 +77,9 @@ class Body:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            refuse(name, f"an integer from {low} to {high}" if high < 1 << 31 else f"an integer of at least {low}", value)
+            refuse(
+                name, f"an integer from {low} to {high}" if high < 1 << 31 else f"an integer of at least {low}", value
+            )
         return int(value)
 
     def text(self, name: str) -> str | None:
@@ -216,8 +218,8 @@ def require_room(num_prompt_tokens: int, max_tokens: int | None, model: Model, p
     """Raises ApiError where prompt and wished-for answer are longer than the context together."""
     if max_tokens is not None and num_prompt_tokens + max_tokens > model.max_model_len:
         raise invalid(
-            f"This model's maximum context length is {model.max_model_len} tokens, but {num_prompt_tokens} in the prompt "
-            f"and {max_tokens} of {param} make {num_prompt_tokens + max_tokens}. Ask for less, or leave {param} out.",
+            f"This model's maximum context length is {model.max_model_len} tokens, but {num_prompt_tokens} in the "
+            f"prompt and {max_tokens} of {param} make {num_prompt_tokens + max_tokens}. Ask for less, or leave {param} out.",
             param,
             "context_length_exceeded",
         )
