@@ -84,6 +84,11 @@ class Prepared:
         """Bytes of all weights files."""
         return sum(weights_layout(rank.jobs).size for rank in self.ranks)
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors: what `build` tells its progress of, in the end."""
+        return sum(job.tensor.num_bytes for rank in self.ranks for job in rank.jobs.jobs.values())
+
     def memory(self, num_threads: int) -> MemoryPlan:
         """What the engine will need."""
         return plan_memory([rank.plan for rank in self.ranks], self.weights_bytes, num_threads)
@@ -155,8 +160,8 @@ def _write_files(prepared: Prepared, directory: Path, progress: Callable[[int], 
         (directory / name).write_bytes(encode_plan(lowered.plan))
         files[name] = hash_file(directory / name, "plan", "msgpack", rank)
         name = f"weights.rank{rank}.safetensors"
-        write_weights(directory / name, lowered.jobs, prepared.request.num_threads, progress)
-        files[name] = hash_file(directory / name, "weights", "safetensors", rank)
+        threads = prepared.request.num_threads
+        files[name] = write_weights(directory / name, lowered.jobs, rank, threads, progress)
     partial = directory / f"{MANIFEST}.partial"
     partial.write_bytes(encode_manifest(_manifest(prepared, files)))
     os.rename(partial, directory / MANIFEST)

@@ -97,7 +97,7 @@ def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
         if plan_only:
             _print_plan(prepared, memory_bytes)
             return
-        with _Progress(prepared.weights_bytes) as progress:
+        with _Progress(prepared.tensor_bytes) as progress:
             output = build(prepared, progress.advance)
     size = sum(path.stat().st_size for path in output.iterdir())
     seconds = time.monotonic() - started

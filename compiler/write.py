@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..engines.errors import CheckpointError
 from ..engines.layouts import LAYOUTS, ROW_PADDING, padded_columns, padded_rows, round_up
+from ..engines.manifest import FileEntry, GrowingFile
 from ..engines.weights import WeightsFile, lay_out
 from ..plugins.linear.layouts import interleave_gated, pad_vector
 from .checkpoint.tensors import ELEMENT_BYTES
@@ -28,10 +29,8 @@ def weights_layout(jobs: TensorJobs) -> WeightsFile:
     return lay_out([job.tensor for job in jobs.jobs.values()])
 
 
-def write_weights(
-    path: Path, jobs: TensorJobs, num_threads: int, progress: Progress = lambda count: None
-) -> WeightsFile:
-    """Writes the weights file of a rank; `progress` is told of bytes as they are written.
+def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, progress: Progress) -> FileEntry:
+    """Writes the weights file of a rank, hashing it on the way; `progress` is told of bytes as they are written.
 
     Raises CheckpointError where a value is not finite, OSError where the disk refuses.
     """
@@ -39,23 +38,31 @@ def write_weights(
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.truncate(descriptor, layout.size)
-        _write_at(descriptor, memoryview(layout.header), 0)
-        writer = _Writer(descriptor, layout, num_threads, progress)
-        for job in jobs.jobs.values():
-            writer.write(job, jobs)
+        growing = GrowingFile(path)
+        try:
+            _write_at(descriptor, memoryview(layout.header), 0)
+            writer = _Writer(descriptor, layout, num_threads, progress, growing)
+            for job in jobs.jobs.values():
+                writer.write(job)
+            growing.advance(layout.size)
+        finally:
+            growing.close()
+        return growing.finish("weights", "safetensors", rank)
     finally:
         os.close(descriptor)
-    return layout
 
 
 class _Writer:
     """Packs one tensor after the other into an open file."""
 
-    def __init__(self, descriptor: int, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
-        self._descriptor, self._layout, self._num_threads, self._progress = descriptor, layout, num_threads, progress
+    def __init__(
+        self, descriptor: int, layout: WeightsFile, num_threads: int, progress: Progress, growing: GrowingFile
+    ) -> None:
+        self._descriptor, self._layout, self._num_threads = descriptor, layout, num_threads
+        self._progress, self._growing = progress, growing
         self._out = np.empty(0, np.uint8)
 
-    def write(self, job: Job, jobs: TensorJobs) -> None:
+    def write(self, job: Job) -> None:
         name = job.tensor.name
         if job.source is None:
             return  # a scale or a sum: written with its matrix
@@ -83,9 +90,8 @@ class _Writer:
             out = self._buffer(size)
             for index, half in enumerate(halves):
                 self._pack(half, start, stop, job, out, first, index, scale, sums)
-            _write_at(self._descriptor, out.data, offset)
+            self._append(out.data, offset)
             offset += size
-            self._progress(size)
         if scale is not None and sums is not None:
             self._put(f"{tensor.name}.scale", scale)
             self._put(f"{tensor.name}.sum", sums)
@@ -125,8 +131,13 @@ class _Writer:
             raise _non_finite(weight, start + bad // tensor.columns, bad % tensor.columns, tensor.layout)
 
     def _put(self, name: str, array: NDArray[np.float32] | NDArray[np.int32]) -> None:
-        _write_at(self._descriptor, array.data, self._layout.placed[name].offset)
-        self._progress(array.nbytes)
+        self._append(array.data, self._layout.placed[name].offset)
+
+    def _append(self, data: memoryview, offset: int) -> None:
+        """Tensors are written in the order of the file, so what lies before is final."""
+        _write_at(self._descriptor, data, offset)
+        self._progress(data.nbytes)
+        self._growing.advance(offset + data.nbytes)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         if len(self._out) < size:

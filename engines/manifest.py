@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ FORMAT = "enginery-engine"
 MANIFEST = "manifest.json"
 VERSIONS = {"manifest": 0, "plan": 0, "weights": 0, "kernels": 0}
 CHUNK_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20
 LARGEST_MANIFEST_BYTES = 16 << 20
 ROLES = ("plan", "weights", "kernels", "config", "tokenizer", "template", "generation")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -209,25 +210,59 @@ def _read_sha256(value: object, where: str) -> str:
     return value
 
 
-def hash_file(
-    path: Path, role: str, format: str, rank: int = -1, progress: Callable[[int], None] | None = None
-) -> FileEntry:
+def hash_file(path: Path, role: str, format: str, rank: int = -1) -> FileEntry:
     """The entry of a file as it is on disk now; chunks are hashed for weights."""
-    whole, chunks, size = hashlib.sha256(), [], 0
-    with open(path, "rb", buffering=0) as file:
-        while block := _read_exactly(file, CHUNK_BYTES):
-            whole.update(block)
-            size += len(block)
-            if role == "weights":
-                chunks.append(hashlib.sha256(block).hexdigest())
-            if progress:
-                progress(len(block))
-    return FileEntry(role, format, size, whole.hexdigest(), tuple(chunks), rank)
+    growing = GrowingFile(path)
+    growing.advance(path.stat().st_size)
+    return growing.finish(role, format, rank)
 
 
-def _read_exactly(file: Any, count: int) -> bytes:
-    parts, remaining = [], count
-    while remaining and (part := file.read(min(remaining, 1 << 20))):
-        parts.append(part)
-        remaining -= len(part)
-    return b"".join(parts)
+class GrowingFile:
+    """Hashes a file in a thread of its own while it is written from front to back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._ready, self._done, self._ended = 0, 0, False
+        self._changed = threading.Condition()
+        self._whole, self._chunks = hashlib.sha256(), [hashlib.sha256()]
+        self._thread = threading.Thread(target=self._run, name="enginery-hash", daemon=True)
+        self._thread.start()
+
+    def advance(self, position: int) -> None:
+        """Everything before `position` is written for good."""
+        with self._changed:
+            self._ready = position
+            self._changed.notify()
+
+    def finish(self, role: str, format: str, rank: int = -1) -> FileEntry:
+        """The entry of the finished file; chunks are those of weights."""
+        self.close()
+        chunks = tuple(chunk.hexdigest() for chunk in self._chunks) if role == "weights" else ()
+        return FileEntry(role, format, self._ready, self._whole.hexdigest(), chunks, rank)
+
+    def close(self) -> None:
+        """Waits for what was announced to be hashed."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+        self._file.close()
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or self._ready > self._done)
+                ready, ended = self._ready, self._ended
+            while self._done < ready:
+                if self._done == len(self._chunks) * CHUNK_BYTES:
+                    self._chunks.append(hashlib.sha256())
+                room = min(ready, len(self._chunks) * CHUNK_BYTES) - self._done
+                count = self._file.readinto(buffer[: min(room, _BLOCK_BYTES)]) or 0
+                if count == 0:
+                    return  # shorter than announced: the hash will tell
+                self._whole.update(buffer[:count])
+                self._chunks[-1].update(buffer[:count])
+                self._done += count
+            if ended:
+                return

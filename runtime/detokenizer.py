@@ -156,9 +156,10 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that can be told now. After a stop string nothing more comes out."""
         text = self._held + text
-        first = min(((at, -len(s), s) for s in self._strings if (at := text.find(s)) >= 0), default=None)
+        # The one that is complete first, so that it does not matter how the text was cut.
+        first = min(((at + len(s), at, s) for s in self._strings if (at := text.find(s)) >= 0), default=None)
         if first is not None:
-            at, _, self.found = first
+            _, at, self.found = first
             self._held = ""
             return text[: at + len(self.found)] if self._include else text[:at]
         keep = self._longest_beginning(text)

@@ -219,7 +219,7 @@ def require_room(num_prompt_tokens: int, max_tokens: int | None, model: Model, p
     if max_tokens is not None and num_prompt_tokens + max_tokens > model.max_model_len:
         raise invalid(
             f"This model's maximum context length is {model.max_model_len} tokens, but {num_prompt_tokens} in the "
-            f"prompt and {max_tokens} of {param} make {num_prompt_tokens + max_tokens}. Ask for less, or leave {param} out.",
+            f"prompt and {max_tokens} of {param} make {num_prompt_tokens + max_tokens}. Ask for less, or leave it out.",
             param,
             "context_length_exceeded",
         )

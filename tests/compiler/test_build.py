@@ -254,11 +254,11 @@ def test_a_killed_build_leaves_nothing_that_looks_like_an_engine(checkpoint: Pat
     program = (
         "import os, signal, sys\n"
         "from enginery.compiler import build as b\n"
-        "b.hash_file_of_weights = b.hash_file\n"
-        "def die(path, role, *rest):\n"
-        "    if role == 'weights': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return b.hash_file_of_weights(path, role, *rest)\n"
-        "b.hash_file = die\n"
+        "write = b.write_weights\n"
+        "def die(*arguments):\n"
+        "    write(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "b.write_weights = die\n"
         "with b.prepare(b.BuildRequest(sys.argv[1], b.Path(sys.argv[2]), target='cpu-avx2')) as p: b.build(p)\n"
     )
     command = [sys.executable, "-c", program, str(checkpoint), str(tmp_path / "out")]
