@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +43,9 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
         growing = GrowingFile(path)
         try:
             _write_at(descriptor, memoryview(layout.header), 0)
-            writer = _Writer(descriptor, layout, num_threads, progress, growing)
-            for job in jobs.jobs.values():
-                writer.write(job)
+            with _Writer(descriptor, layout, num_threads, progress, growing) as writer:
+                for job in jobs.jobs.values():
+                    writer.write(job)
             growing.advance(layout.size)
         finally:
             growing.close()
@@ -60,7 +62,19 @@ class _Writer:
     ) -> None:
         self._descriptor, self._layout, self._num_threads = descriptor, layout, num_threads
         self._progress, self._growing = progress, growing
-        self._out = np.empty(0, np.uint8)
+        self._source = np.empty(0, np.uint8)
+        # One chunk is written while the next is read and packed: two buffers take turns.
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._pool = ThreadPoolExecutor(1, "enginery-write")
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._wait(0)
+        self._pool.shutdown(cancel_futures=True)
 
     def write(self, job: Job) -> None:
         name = job.tensor.name
@@ -79,6 +93,8 @@ class _Writer:
         count, columns = halves[0].num_rows, weight.num_columns
         row_bytes = columns * ELEMENT_BYTES[weight.dtype]
         step = max(round_up(_CHUNK_BYTES // max(row_bytes, 1), ROW_PADDING), ROW_PADDING)
+        if len(self._source) < step * row_bytes:
+            self._source = np.empty(step * row_bytes, np.uint8)
         scale = np.zeros(padded_rows(tensor.rows), np.float32) if tensor.layout.startswith("int8") else None
         sums = np.zeros(padded_rows(tensor.rows), np.int32) if scale is not None else None
         offset = self._layout.placed[tensor.name].offset
@@ -115,7 +131,7 @@ class _Writer:
         panel_bytes = ROW_PADDING * padded_columns(tensor.columns) * LAYOUTS[tensor.layout].element_bytes
         begin = first + half * ROW_PADDING
         bad = pack_rows(
-            weight.read(start, stop),
+            weight.read(start, stop, self._source),
             weight.dtype.lower(),
             stop - start,
             tensor.columns,
@@ -135,14 +151,25 @@ class _Writer:
 
     def _append(self, data: memoryview, offset: int) -> None:
         """Tensors are written in the order of the file, so what lies before is final."""
-        _write_at(self._descriptor, data, offset)
+        self._wait(1)
+        self._pending.append(self._pool.submit(self._write_through, data, offset))
         self._progress(data.nbytes)
+
+    def _write_through(self, data: memoryview, offset: int) -> None:
+        _write_at(self._descriptor, data, offset)
         self._growing.advance(offset + data.nbytes)
 
+    def _wait(self, most: int) -> None:
+        """Waits until at most `most` writes are under way. Raises what they raised."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
+
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        if len(self._out) < size:
-            self._out = np.empty(size, np.uint8)
-        return self._out[:size]
+        self._wait(1)  # the other buffer may still be on its way, this one is not
+        self._buffers.reverse()
+        if len(self._buffers[0]) < size:
+            self._buffers[0] = np.empty(size, np.uint8)
+        return self._buffers[0][:size]
 
 
 def _halves(weight: Weight) -> list[Weight]:

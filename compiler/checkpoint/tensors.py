@@ -42,18 +42,18 @@ class Checkpoint:
         self.tensors = {tensor.name: tensor for path in _weight_files(directory) for tensor in _read_header(path)}
         self._descriptors: dict[Path, int] = {}
 
-    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> NDArray[np.uint8]:
-        """Raw bytes [rows, columns · element] of a 2-D tensor (a vector is one column). Raises CheckpointError."""
+    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: NDArray[np.uint8]) -> None:
+        """Raw bytes of a 2-D tensor (a vector is one column) into `out` [rows, columns · element]."""
         tensor = self.tensors[name]
         width = tensor.shape[1] if len(tensor.shape) > 1 else 1
         element = ELEMENT_BYTES[tensor.dtype]
-        count = rows[1] - rows[0]
-        buffer = np.empty((count, width * element), np.uint8)
         start = tensor.offset + rows[0] * width * element
-        self._read_into(tensor, buffer.data.cast("B"), start)
         if columns == (0, width):
-            return buffer
-        return np.ascontiguousarray(buffer[:, columns[0] * element : columns[1] * element])
+            self._read_into(tensor, out.data.cast("B"), start)
+            return
+        whole = np.empty((rows[1] - rows[0], width * element), np.uint8)
+        self._read_into(tensor, whole.data.cast("B"), start)
+        out[:] = whole[:, columns[0] * element : columns[1] * element]
 
     def _read_into(self, tensor: StoredTensor, view: memoryview, offset: int) -> None:
         if tensor.path not in self._descriptors:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .tensors import Checkpoint, widen
+from .tensors import ELEMENT_BYTES, Checkpoint, widen
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,15 @@ class Weight:
         """`other`, and this weight below it."""
         return replace(other, parts=other.parts + self.parts)
 
-    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Raw bytes of rows [start, stop), as the checkpoint stores them, without the constant."""
-        pieces = [self.checkpoint.read(p.tensor, p.rows, p.columns) for p in self.take_rows(start, stop).parts]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def read(self, start: int, stop: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Raw bytes of rows [start, stop), as stored, without the constant; into `buffer` if given."""
+        row_bytes = self.num_columns * ELEMENT_BYTES[self.dtype]
+        size, position = (stop - start) * row_bytes, 0
+        out = (np.empty(size, np.uint8) if buffer is None else buffer[:size]).reshape(stop - start, row_bytes)
+        for part in self.take_rows(start, stop).parts:
+            self.checkpoint.read(part.tensor, part.rows, part.columns, out[position : position + part.num_rows])
+            position += part.num_rows
+        return out
 
     def numpy(self) -> NDArray[np.float32]:
         """The whole weight as float32."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +118,22 @@ def null_engine(
 @pytest.fixture
 def engine(make_engine: MakeEngine) -> Engine:
     return make_engine()
+
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-stories" / "model"
+
+
+@pytest.fixture(scope="session")
+def built_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's own model, built for this machine. Tests that change it copy it."""
+    from enginery.compiler.build import BuildRequest, build, prepare
+
+    output = tmp_path_factory.mktemp("built") / "engine"
+    with prepare(BuildRequest(str(MODEL), output)) as prepared:
+        return build(prepared)
+
+
+@pytest.fixture
+def copied_engine(built_engine: Path, tmp_path: Path) -> Path:
+    """A copy of the built engine, to be damaged."""
+    return Path(shutil.copytree(built_engine, tmp_path / "engine"))

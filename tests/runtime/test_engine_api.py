@@ -192,7 +192,9 @@ def test_stream_is_what_generate_gives(engine: Engine, kind: RequestOutputKind) 
         assert kind is not RequestOutputKind.FINAL_ONLY or len(outputs) == 1
 
 
-def test_closing_a_stream_frees_its_request(engine: Engine) -> None:
+def test_closing_a_stream_frees_its_request(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_model_len=8000)
+
     async def take_one() -> None:
         stream = engine.generate_stream("the", GREEDY.clone(max_tokens=None, ignore_eos=True))
         async for _ in stream:
