@@ -40,7 +40,9 @@ def main() -> None:
     first, whole = [], []
     for repeat in range(arguments.repeats + 1):
         started = time.time()
-        answer = subprocess.run([sys.executable, "-c", _PROGRAM, str(engine)], check=True, capture_output=True, text=True)
+        answer = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, str(engine)], check=True, capture_output=True, text=True
+        )
         if repeat:  # the first run brings the engine into the page cache
             first.append(float(answer.stdout) - started)
             whole.append(time.time() - started)

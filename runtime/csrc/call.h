@@ -15,12 +15,12 @@ enum class OperandKind : uint8_t { kBuffer, kWeight, kInput, kState };
 // A range of bytes that a call reads or writes.
 struct OperandSpec {
     OperandKind kind = OperandKind::kBuffer;
-    int32_t index = 0;       // buffer, weight or state group; for kInput unused
-    std::string name;        // of the weight or the step input, for messages
-    std::string layout;      // of the weight: "int8_k4n16.v0", "rows_f32.v0", ...; of a buffer: "f32", "bf16", "i8", "u8"
-    int64_t offset = 0;      // bytes from the start of the buffer or tensor
-    int64_t bytes = 0;       // readable or writable from offset on, with every variable at its largest
-    int32_t layer = -1;      // kState: index of the layer within its group
+    int32_t index = 0;   // buffer, weight or state group; for kInput unused
+    std::string name;    // of the weight or the step input, for messages
+    std::string layout;  // of the weight: "int8_k4n16.v0", "rows_f32.v0", ...; of a buffer: "f32", "bf16", "i8", "u8"
+    int64_t offset = 0;  // bytes from the start of the buffer or tensor
+    int64_t bytes = 0;   // readable or writable from offset on, with every variable at its largest
+    int32_t layer = -1;  // kState: index of the layer within its group
 };
 
 using Attribute = std::variant<int64_t, double, std::string, bool>;

@@ -16,14 +16,14 @@ namespace enginery {
 // A group of layers that keep the same kind of state (DESIGN section 5).
 struct StateGroupSpec {
     std::string name;
-    std::string kind;            // "full" or "window"
-    int32_t window = 0;          // a token sees itself and window - 1 before it; 0 for "full"
+    std::string kind;    // "full" or "window"
+    int32_t window = 0;  // a token sees itself and window - 1 before it; 0 for "full"
     int32_t num_layers = 0;
-    int32_t block_size = 0;      // tokens
-    int64_t block_bytes = 0;     // one contiguous range over all layers of the group, per rank
-    int32_t num_kv_heads = 0;    // of this rank
+    int32_t block_size = 0;    // tokens
+    int64_t block_bytes = 0;   // one contiguous range over all layers of the group, per rank
+    int32_t num_kv_heads = 0;  // of this rank
     int32_t head_dim = 0;
-    std::string dtype;           // "f32", "bf16" or "i8"
+    std::string dtype;  // "f32", "bf16" or "i8"
 };
 
 struct WeightSpec {
@@ -35,8 +35,8 @@ struct WeightSpec {
 
 struct BufferSpec {
     std::string name;
-    int64_t bytes = 0;      // with every variable at its largest
-    int64_t offset = 0;     // within the arena; buffers that never live together share bytes
+    int64_t bytes = 0;        // with every variable at its largest
+    int64_t offset = 0;       // within the arena; buffers that never live together share bytes
     bool per_thread = false;  // every thread has its own
 };
 
@@ -59,7 +59,7 @@ struct ExecutorSpec {
     std::vector<int32_t> num_blocks;  // per group
     int32_t vocab_size = 0;
     int32_t num_threads = 0;
-    int32_t max_tokens = 0;     // of one step
+    int32_t max_tokens = 0;  // of one step
     int32_t max_rows = 0;
     int32_t max_sequences = 0;
 };

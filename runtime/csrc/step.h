@@ -19,13 +19,13 @@ struct Step {
     int32_t num_tokens = 0;
     int32_t num_rows = 0;
     int32_t num_sequences = 0;
-    const int32_t* token_ids = nullptr;        // [num_tokens]
-    const int32_t* positions = nullptr;        // [num_tokens]
-    const int32_t* token_sequence = nullptr;   // [num_tokens], index into the step's sequences
-    const int32_t* prompt_lengths = nullptr;   // [num_tokens], length of the prompt that the token's sequence began with
-    const int32_t* query_start = nullptr;      // [num_sequences + 1]
-    const int32_t* rows = nullptr;             // [num_rows], index of the token
-    std::vector<GroupStep> groups;             // in the plan's order
+    const int32_t* token_ids = nullptr;       // [num_tokens]
+    const int32_t* positions = nullptr;       // [num_tokens]
+    const int32_t* token_sequence = nullptr;  // [num_tokens], index into the step's sequences
+    const int32_t* prompt_lengths = nullptr;  // [num_tokens], length of the prompt that the token's sequence began with
+    const int32_t* query_start = nullptr;     // [num_sequences + 1]
+    const int32_t* rows = nullptr;            // [num_rows], index of the token
+    std::vector<GroupStep> groups;            // in the plan's order
 };
 
 }  // namespace enginery

@@ -66,7 +66,7 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 def make_engine(byte_level: Tokenizer) -> Iterator[MakeEngine]:
-    """make_engine(max_model_len=…, spec=…, model=…, **loop config): an engine on the null executor, closed at the end."""
+    """make_engine(max_model_len=…, spec=…, model=…, **config): an engine on the null executor, closed at the end."""
     engines: list[Engine] = []
 
     def make(

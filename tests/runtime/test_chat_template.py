@@ -41,10 +41,9 @@ def test_as_transformers(name: str, conversation: str, add_generation_prompt: bo
         wanted = utils.render_jinja_template(
             [messages], chat_template=source, add_generation_prompt=add_generation_prompt, **tokens
         )[0][0]
-    except Exception as error:
+    except Exception:
         with pytest.raises(RequestError, match="refuses these messages"):
             ChatTemplate(source, tokens).render(messages, add_generation_prompt=add_generation_prompt)
-        assert str(error)
         return
     assert ChatTemplate(source, tokens).render(messages, add_generation_prompt=add_generation_prompt) == wanted
 
@@ -114,5 +113,7 @@ def test_the_sandbox_holds(source: str) -> None:
 
 
 def test_filters_are_those_of_transformers() -> None:
-    template = ChatTemplate("{{ messages | tojson }}{% generation %}x{% endgeneration %}{{ strftime_now('%Y')|length }}", {})
+    template = ChatTemplate(
+        "{{ messages | tojson }}{% generation %}x{% endgeneration %}{{ strftime_now('%Y')|length }}", {}
+    )
     assert template.render([{"role": "é<"}]) == '[{"role": "é<"}]x4'

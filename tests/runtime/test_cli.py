@@ -90,7 +90,9 @@ def test_port_in_use(built_engine: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = refusal(run(RUN_ENGINE, built_engine, "--port", port))
-    assert re.fullmatch(rf"EngineryError: 127\.0\.0\.1:{port} cannot be served on: Address already in use\..*\n", message)
+    assert re.fullmatch(
+        rf"EngineryError: 127\.0\.0\.1:{port} cannot be served on: Address already in use\..*\n", message
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,10 @@ def test_inspect(built_engine: Path) -> None:
     assert facts["target"] in text
     assert facts["model"]["architecture"] in text
     assert {kernel["operator"] for kernel in facts["kernels"]} >= {"attention", "linear", "rms_norm"}
-    assert facts["total_bytes"] == sum(path.stat().st_size for path in built_engine.iterdir()) - (
-        built_engine / "manifest.json"
-    ).stat().st_size
+    assert (
+        facts["total_bytes"]
+        == sum(path.stat().st_size for path in built_engine.iterdir()) - (built_engine / "manifest.json").stat().st_size
+    )
 
 
 def test_verify(built_engine: Path) -> None:

@@ -78,8 +78,9 @@ def test_prompts_that_cannot_be(engine: Engine, prompt: Any, message: str) -> No
 
 
 def test_one_bad_prompt_stops_none_that_runs(engine: Engine) -> None:
+    prompts: list[Any] = ["the", [1] * 1000]
     with pytest.raises(PromptTooLong):
-        engine.generate(["the", [1] * 1000], GREEDY)
+        engine.generate(prompts, GREEDY)
     assert engine.stats()["generation_tokens"] == 0
 
 
@@ -148,7 +149,9 @@ def test_stop_string_ends_across_tokens_and_frees(engine: Engine) -> None:
 def test_no_stop_string_before_min_tokens(engine: Engine) -> None:
     free = engine.generate("the", GREEDY.clone(max_tokens=30, ignore_eos=True))[0].outputs[0]
     stop = free.text[0]
-    choice = engine.generate("the", GREEDY.clone(max_tokens=30, min_tokens=29, ignore_eos=True, stop=stop))[0].outputs[0]
+    choice = engine.generate("the", GREEDY.clone(max_tokens=30, min_tokens=29, ignore_eos=True, stop=stop))[0].outputs[
+        0
+    ]
     assert len(choice.token_ids) >= 29
 
 
@@ -185,8 +188,8 @@ def test_stream_is_what_generate_gives(engine: Engine, kind: RequestOutputKind) 
         for index, choice in enumerate(wanted.outputs):
             parts = [part for output in outputs for part in output.outputs if part.index == index]
             assert "".join(part.text for part in parts) == choice.text
-            assert sum((part.token_ids for part in parts), []) == choice.token_ids
-            assert sum((part.logprobs for part in parts), []) == choice.logprobs
+            assert [token for part in parts for token in part.token_ids] == choice.token_ids
+            assert [entry for part in parts for entry in part.logprobs] == choice.logprobs
     else:
         assert outputs[-1].outputs == wanted.outputs
         assert kind is not RequestOutputKind.FINAL_ONLY or len(outputs) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -88,7 +89,8 @@ def test_request_ids(served: Served) -> None:
 
 
 def test_after_refusals_the_server_goes_on(served: Served) -> None:
-    for body in ({"prompt": []}, {"prompt": "x", "n": 0}, {"prompt": "x", "stream": 3}):
+    bodies: list[dict[str, Any]] = [{"prompt": []}, {"prompt": "x", "n": 0}, {"prompt": "x", "stream": 3}]
+    for body in bodies:
         assert served.post("/v1/completions", body).status_code == 400
     assert served.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
@@ -135,14 +137,14 @@ def test_bodies_have_a_limit(byte_level: Tokenizer) -> None:
 def test_before_and_after_serving(byte_level: Tokenizer) -> None:
     state = ServerState()
     with serving(state) as served:
-        for phase, change in (
-            ("loading", None),
+        changes: list[tuple[str, Callable[[], None]]] = [
+            ("loading", lambda: None),
             ("ready", lambda: state.serve(null_engine(byte_level))),
             ("draining", state.drain),
             ("failed", lambda: state.fail("chunk 3 is damaged")),
-        ):
-            if change is not None:
-                change()
+        ]
+        for phase, change in changes:
+            change()
             answer = served.http.get("/health")
             assert answer.json()["status"] == phase
             assert answer.status_code == (200 if phase == "ready" else 503)
@@ -179,7 +181,9 @@ async def leave(url: str, body: dict[str, Any], after_first_byte: bool) -> None:
     address = httpx.URL(url)
     reader, writer = await asyncio.open_connection(address.host, address.port)
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
     writer.write(head.encode() + b"\r\n\r\n" + content)
     await writer.drain()
     if after_first_byte:

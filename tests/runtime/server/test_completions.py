@@ -65,7 +65,7 @@ def test_stream_is_the_answer_in_parts(served: Served, extra: dict[str, Any]) ->
         wanted = whole.choices[0].logprobs
         parts = [chunk.choices[0].logprobs for chunk in chunks]
         for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-            assert sum((getattr(part, field) for part in parts), []) == getattr(wanted, field)
+            assert [value for part in parts for value in getattr(part, field)] == getattr(wanted, field)
 
 
 def test_logprobs_are_parallel(served: Served) -> None:
