@@ -2,8 +2,8 @@
 
     python benchmarks/cold_start.py [SHAPE] [--precision int8] [--repeats 5] [--json FILE]
 
-Each repeat is a fresh Python process that imports enginery, loads the engine, generates one token from a text prompt and
-exits. Told apart: the first token (what a user waits for) and the whole process.
+Each repeat is a fresh Python process that imports enginery, loads the engine, generates one token from a text prompt
+and exits. Told apart: the first token (what a user waits for) and the whole process.
 """
 
 from __future__ import annotations

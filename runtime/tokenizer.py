@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..engines.errors import EngineFormatError, RequestError
+from ..engines.errors import EngineFormatError, EngineryError, RequestError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
-LARGEST_TOKENIZER_BYTES = 96 << 20
+LARGEST_TOKENIZER_BYTES = 48 << 20
+# Texts in a tokenizer.json: the largest known, of 262,144 tokens, has 1.3 million. More would cost gigabytes to read.
+_MOST_TEXTS = 4_000_000
 _SPACE_MARK = "▁"
 
 
@@ -49,31 +53,21 @@ class Tokenizer:
         """Reads a tokenizer.json. Raises EngineFormatError."""
         from tokenizers import Tokenizer as RustTokenizer
 
-        try:
+        if data.count(b'"') > 2 * _MOST_TEXTS:
+            raise EngineFormatError(f"{where}: more than {_MOST_TEXTS} texts, which no tokenizer has. Build it again.")
+        with _failing_as(EngineFormatError, f"{where}: not a tokenizer that this runtime reads"):
             return Tokenizer(RustTokenizer.from_buffer(data))
-        except MemoryError:
-            raise
-        except BaseException as error:  # a panic of the library is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise EngineFormatError(
-                f"{where}: not a tokenizer that this runtime reads: {str(error)[:200]}. Build the engine again."
-            ) from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with what the tokenizer puts around it (BOS). Raises RequestError."""
-        try:
+        with _failing_as(RequestError, "The prompt cannot be tokenized"):
             # The batch form lets go of the GIL, so that a long prompt holds up nobody's stream.
-            encodings = self._rust.encode_batch([text], add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError:
-            raise RequestError("The prompt holds half a surrogate pair, which is no text.") from None
-        except Exception as error:
-            raise RequestError(f"The prompt cannot be tokenized: {str(error)[:200]}.") from None
-        return list(encodings[0].ids)
+            return list(self._rust.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, all at once."""
-        return self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        with _failing_as(EngineryError, "Tokens cannot be made text"):
+            return self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int) -> str:
         """A token as the vocabulary spells it; empty where there is none."""
@@ -100,7 +94,7 @@ class Tokenizer:
         token = self.token(token_id)
         decoding = self.decoding
         if decoding.kind == "whole":
-            return self._rust.decode([token_id], skip_special_tokens=False)
+            return self.decode([token_id], skip_special_tokens=False)
         if decoding.kind == "byte_level":
             spelled = [_BYTES.get(character) for character in token]
             data = token.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
@@ -114,6 +108,17 @@ class Tokenizer:
             except ValueError:
                 return token
         return token.replace(decoding.space, " ") if decoding.space else token
+
+
+@contextmanager
+def _failing_as(kind: type[EngineryError], what: str) -> Iterator[None]:
+    """Makes one error of whatever the library throws; its panics are no Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise kind(f"{what}: {str(error)[:200]}.") from None
 
 
 def _byte_alphabet() -> dict[str, int]:

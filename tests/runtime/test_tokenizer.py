@@ -10,8 +10,8 @@ from enginery.engines.errors import EngineFormatError, RequestError
 from enginery.runtime.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import models, pre_tokenizers
 
 SHARED = Path("/work/shared/data/tokenizers")
 
@@ -67,6 +67,18 @@ def test_decodings_of_real_tokenizers_are_known(name: str) -> None:
     text = "The llama 🦙 ate 3 naïve “quotes”, 東京 and\n\ttabs.  Two spaces."
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(map(tokenizer.token_bytes, token_ids)).decode().strip() == text
+
+
+def test_too_many_texts_are_refused_unread() -> None:
+    with pytest.raises(EngineFormatError, match="more than 4000000 texts"):
+        Tokenizer.from_bytes(b'"",' * 4_000_001, "tokenizer.json")
+
+
+def test_a_panic_of_the_library_is_one_error() -> None:
+    rust = RustTokenizer(models.BPE({"a": 0}, []))
+    rust.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(RequestError, match="cannot be tokenized"):
+        Tokenizer(rust).encode("a" * 40 + "!")
 
 
 def test_errors_are_of_one_family() -> None:
