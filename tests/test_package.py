@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 import tomllib
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import enginery
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -50,3 +52,32 @@ def test_version_is_the_projects() -> None:
 def test_tests_run_the_checkout() -> None:
     assert Path(enginery.__file__).resolve() == ROOT / "__init__.py"
     assert Path(import_module("enginery.engines").__file__ or "").resolve() == ROOT / "engines" / "__init__.py"
+
+
+def _installed_with(name: str, seen: set[str]) -> int:
+    """Bytes of a distribution and of all it requires without extras, byte code counted as pip compiles it."""
+    key = canonicalize_name(name)
+    if key in seen:
+        return 0
+    seen.add(key)
+    distribution = metadata.distribution(key)
+    size = sum(Path(str(path)).stat().st_size for path in _files(distribution) if path.exists())
+    for text in distribution.requires or []:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            size += _installed_with(requirement.name, seen)
+    return size
+
+
+def _files(distribution: metadata.Distribution) -> list[Path]:
+    return [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
+
+
+def test_the_runtime_installs_in_130_megabytes() -> None:
+    seen: set[str] = set()
+    dependencies = _installed_with("enginery", seen)
+    rooms = [path for room in ("engines", "plugins", "compiler", "runtime") for path in (ROOT / room).rglob("*.py")]
+    # Sources twice, for their byte code; the extensions are among the editable install's files.
+    own = 2 * sum(path.stat().st_size for path in rooms)
+    assert "torch" not in seen
+    assert dependencies + own <= 130_000_000, f"{(dependencies + own) / 1e6:.0f} MB: {sorted(seen)}"
