@@ -135,7 +135,7 @@ def test_stop_token_is_named(engine: Engine) -> None:
     assert (choice.finish_reason, choice.stop_reason, choice.token_ids, choice.text) == ("stop", 5, [5], "")
 
 
-def test_stop_string_ends_across_tokens_and_frees(engine: Engine) -> None:
+def test_stop_string_ends_across_tokens(engine: Engine) -> None:
     free = engine.generate("the", GREEDY.clone(max_tokens=100, ignore_eos=True))[0].outputs[0]
     stop = free.text[20:24]
     at = free.text.find(stop)
@@ -144,6 +144,15 @@ def test_stop_string_ends_across_tokens_and_frees(engine: Engine) -> None:
     assert choice.token_ids == free.token_ids[: len(choice.token_ids)]
     included = GREEDY.clone(max_tokens=100, ignore_eos=True, stop=stop, include_stop_str_in_output=True)
     assert engine.generate("the", included)[0].outputs[0].text == free.text[: at + len(stop)]
+
+
+def test_stop_string_ends_the_request_in_the_core(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_model_len=8000)
+    params = GREEDY.clone(max_tokens=None, ignore_eos=True)
+    stop = engine.generate("the", params.clone(max_tokens=3))[0].outputs[0].text[-1:]
+    assert engine.generate("the", params.clone(stop=stop))[0].outputs[0].finish_reason == "stop"
+    engine.generate("the", GREEDY)
+    assert engine.stats()["finished"] == {"stop": 0, "length": 2, "abort": 1, "error": 0}
 
 
 def test_no_stop_string_before_min_tokens(engine: Engine) -> None:
