@@ -124,7 +124,10 @@ def _lower_rank(checkpoint: Checkpoint, config: Config, options: Options, save_g
         if save_graph is not None:
             from .graph.save import save_stage
 
-            save_stage(g, save_graph, f"rank{options.rank}.{stages:02}.{name}")
+            try:
+                save_stage(g, save_graph, f"rank{options.rank}.{stages:02}.{name}")
+            except OSError as error:
+                raise CompileError(f"--save-graph {save_graph}: cannot be written: {error}.") from None
         stages += 1
 
     g = build_graph(config, checkpoint)
@@ -136,12 +139,14 @@ def build(prepared: Prepared, progress: Callable[[int], None] = lambda count: No
     """Writes the engine and returns its directory; `progress` is told of bytes of weights as they are written."""
     output = prepared.request.output
     assert output is not None
-    _require_vacant(output, prepared.request.force)
     try:
+        if output.name == "" or ".." in output.parts:  # so that it has a name and a parent, however it is spelled
+            output = Path(os.path.abspath(output))
+        _require_vacant(output, prepared.request.force)
         with _beside(output) as partial:
             _require_space(partial, prepared.weights_bytes)
             _write_files(prepared, partial, progress)
-            _publish(partial, output)
+            _publish(partial, output, prepared.request.force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CompileError(_disk_full(output, prepared.weights_bytes)) from None
@@ -239,22 +244,25 @@ def _beside(output: Path) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = os.path.exists(partial) and os.path.samestat(os.stat(partial), os.fstat(lock))
         except BlockingIOError:
-            raise CompileError(
-                f"{output}: another build is writing it now. Wait for it, or choose another directory."
-            ) from None
+            locked = False
+        if not locked:  # or it was renamed into place between opening and locking
+            raise CompileError(f"{output}: another build is writing it now. Wait for it, or choose another directory.")
         try:
             for leftover in partial.iterdir():  # of a build that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield partial
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if os.path.exists(partial) and os.path.samestat(os.stat(partial), os.fstat(lock)):
+                shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(lock)
 
 
-def _publish(partial: Path, output: Path) -> None:
+def _publish(partial: Path, output: Path, force: bool) -> None:
     """Renames the finished engine into place; an engine that it replaces goes first, its manifest before the rest."""
+    _require_vacant(output, force)  # again: a build may take long, and what came meanwhile is not ours to replace
     if output.exists():
         (output / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(output)

@@ -38,7 +38,7 @@ def check_expression(value: object, where: str, depth: int = 0) -> Expression:
 
 
 def evaluate(expression: Expression, variables: Mapping[str, int]) -> int:
-    """The value of a checked expression."""
+    """The value of a checked expression; above LARGEST it is some number above LARGEST."""
     if isinstance(expression, int):
         return expression
     if isinstance(expression, str):
@@ -47,9 +47,9 @@ def evaluate(expression: Expression, variables: Mapping[str, int]) -> int:
     left, right = evaluate(left_expression, variables), evaluate(right_expression, variables)
     match operator:
         case "+":
-            return left + right
+            return min(left + right, LARGEST + 1)
         case "*":
-            return left * right
+            return min(left * right, LARGEST + 1)
         case "ceil_div":
             return -(-left // right)
         case "round_up":

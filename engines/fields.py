@@ -25,7 +25,7 @@ class Fields:
     @staticmethod
     def of(value: object, where: str) -> Fields:
         """`value` as a map with text keys. Raises EngineFormatError."""
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, dict) or not all(isinstance(key, str) and _is_unicode(key) for key in value):
             raise EngineFormatError(f"{where}: wanted a map with text keys, got {describe(value)}.")
         return Fields(value, where)
 
@@ -50,7 +50,8 @@ class Fields:
     def text(self, key: str, choices: tuple[str, ...] | None = None) -> str:
         """The text at `key`, one of `choices` if those are given."""
         value = self._get(key)
-        if not isinstance(value, str) or len(value) > LONGEST_TEXT or (choices is not None and value not in choices):
+        is_text = isinstance(value, str) and len(value) <= LONGEST_TEXT and _is_unicode(value)
+        if not is_text or (choices is not None and value not in choices):
             self._refuse(
                 key, f"one of {', '.join(choices)}" if choices else f"text of at most {LONGEST_TEXT} characters", value
             )
@@ -85,6 +86,15 @@ class Fields:
 
     def _refuse(self, key: str, wanted: str, value: object) -> None:
         raise EngineFormatError(f"{self.where}.{key}: wanted {wanted}, got {describe(value)}.")
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what JSON can spell and nobody can print: halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe(value: object) -> str:

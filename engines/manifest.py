@@ -19,7 +19,9 @@ MANIFEST = "manifest.json"
 VERSIONS = {"manifest": 0, "plan": 0, "weights": 0, "kernels": 0}
 CHUNK_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
-LARGEST_MANIFEST_BYTES = 16 << 20
+# The chunks of 3 TB of weights, and the files of a thousand ranks.
+LARGEST_MANIFEST_BYTES = 4 << 20
+MOST_FILES = 4096
 ROLES = ("plan", "weights", "kernels", "config", "tokenizer", "template", "generation")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -143,6 +145,8 @@ def _decode(top: Fields) -> Manifest:
         raise EngineFormatError(f"{MANIFEST}.mesh: {size} ranks are announced, but {describe(ranks)} listed.")
     memory = top.map("memory")
     files = top.map("files")
+    if len(files.values) > MOST_FILES:
+        raise EngineFormatError(f"{MANIFEST}.files: {len(files.values)} files; at most {MOST_FILES} are allowed.")
     manifest = Manifest(
         model=Model(
             architecture=model.text("architecture"),
@@ -160,15 +164,13 @@ def _decode(top: Fields) -> Manifest:
         memory={key: memory.integer(key) for key in memory.values},
         files={name: _decode_file(files, name) for name in files.values},
     )
-    missing = [
-        f"{role} of rank {rank}"
-        for rank in range(size)
-        for role in ("plan", "weights")
-        if not manifest.of_role(role, rank)
-    ]
-    missing += [role for role in ("config", "tokenizer") if not manifest.of_role(role)]
+    present = {(file.role, file.rank) for file in manifest.files.values()}
+    wanted = [(role, rank) for rank in range(size) for role in ("plan", "weights")]
+    missing = [f"{role} of rank {rank}" for role, rank in wanted if (role, rank) not in present]
+    missing += [role for role in ("config", "tokenizer") if (role, -1) not in present]
     if missing:
-        raise EngineFormatError(f"{MANIFEST}.files: nothing has the role {', '.join(missing)}. Build the engine again.")
+        names = ", ".join(missing[:10])
+        raise EngineFormatError(f"{MANIFEST}.files: nothing has the role {names}. Build the engine again.")
     return manifest
 
 

@@ -18,6 +18,8 @@ from .fields import LARGEST, Fields, describe
 
 PLAN_VERSION = 0
 LARGEST_PLAN_BYTES = 16 << 20
+# A hundred layers have a thousand calls, and each some variants.
+MOST_CALLS = 1 << 14
 STEP_INPUTS = ("token_ids", "positions", "token_sequence", "prompt_lengths", "rows", "slots", "block_table")
 BUFFER_DTYPES = ("f32", "bf16", "i8", "u8", "i32")
 STATE_DTYPES = ("f32", "bf16", "i8")
@@ -246,7 +248,7 @@ def decode_plan(data: bytes, where: str) -> Plan:
         prefix_key=PrefixKey(prefix_key.integer("threshold"), prefix_key.boolean("exact")),
         state_groups=tuple(top.items("state_groups", _read_group, most=64)),
         buffers=tuple(top.items("buffers", _read_buffer)),
-        forward=tuple(forward.items("instructions", _read_call)),
+        forward=tuple(forward.items("instructions", _read_call, most=MOST_CALLS)),
         logits=_read_logits(forward.map("outputs").only("logits").map("logits")),
     )
     _require_unique([buffer.name for buffer in plan.buffers], f"{where}.buffers")

@@ -19,7 +19,8 @@ from .layouts import LAYOUTS, round_up
 PAGE = 4096
 LARGE_TENSOR = 64 << 10
 SMALL_ALIGNMENT = 64
-LARGEST_HEADER = 64 << 20
+# A thousand layers take two; parsed, JSON takes twenty times its size.
+LARGEST_HEADER = 16 << 20
 
 
 @dataclass(frozen=True)

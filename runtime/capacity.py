@@ -12,7 +12,8 @@ from ..engines.sizes import format_bytes
 
 # Of the memory that is free, what the state may take when nobody says how much.
 _DEFAULT_SHARE = 0.3
-_MOST_BLOCKS = (1 << 31) - 1
+# Each costs the block manager memory of its own, whatever it holds.
+_MOST_BLOCKS = 1 << 24
 
 
 @dataclass(frozen=True)

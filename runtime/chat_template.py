@@ -6,6 +6,7 @@ A template comes from anywhere: it runs in Jinja's sandbox and sees plain data o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_LONGEST_PROMPT = 64 << 20
 
 Message = dict[str, Any]
 
@@ -64,7 +67,7 @@ class ChatTemplate:
         known |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         known.setdefault("documents", None)
         try:
-            text = template.render(**known)
+            text = _join(template.generate(**known))
         except Exception as error:
             raise RequestError(f"The chat template refuses these messages: {_reason(error)}.") from None
         return _cut_at_tag(text, final) if continue_final_message else text
@@ -74,7 +77,7 @@ def read_chat_template(jinja: str | None, tokenizer_config: dict[str, Any]) -> C
     """The template of chat_template.jinja, or else of tokenizer_config.json (the "default" one of several)."""
     source: object = jinja if jinja is not None else tokenizer_config.get("chat_template")
     if isinstance(source, list):
-        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in source if isinstance(item, dict)}
         source = named.get("default", next(iter(named.values()), None))
     elif isinstance(source, dict):
         source = source.get("default", next(iter(source.values()), None))
@@ -82,6 +85,16 @@ def read_chat_template(jinja: str | None, tokenizer_config: dict[str, Any]) -> C
         return None
     tokens = {name: _token_text(tokenizer_config.get(name)) for name in _SPECIAL_TOKENS}
     return ChatTemplate(source, {name: text for name, text in tokens.items() if text is not None})
+
+
+def _join(pieces: Iterator[str]) -> str:
+    """The pieces as one text. Raises ValueError before it is absurdly long."""
+    text, length = [], 0
+    for piece in pieces:
+        text.append(piece)
+        if (length := length + len(piece)) > _LONGEST_PROMPT:
+            raise ValueError(f"it makes a prompt of over {_LONGEST_PROMPT} characters")
+    return "".join(text)
 
 
 def _token_text(token: object) -> str | None:
@@ -119,7 +132,7 @@ def _reason(error: BaseException) -> str:
 
 def _environment() -> Any:
     import jinja2.ext
-    from jinja2 import nodes
+    from jinja2 import nodes, pass_context
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
@@ -138,8 +151,17 @@ def _environment() -> Any:
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)
 
+    @pass_context
+    def unchanged(context: Any, value: Any) -> Any:
+        return value
+
+    # Compiling computes nothing: a template may hold 9 ** 9 ** 9. What wants the context cannot be folded either.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, jinja2.ext.loopcontrols],
+        optimized=False,
+        finalize=unchanged,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception

@@ -25,6 +25,13 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
+def _require_text(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """An empty key, from a variable that is not set, would let everybody in."""
+    if not all(values):
+        raise click.BadParameter("must not be empty.")
+    return values
+
+
 @click.command(name="run-engine", context_settings=_HELP)
 @click.argument("directory", type=_DIRECTORY)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
@@ -33,9 +40,16 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     "--served-model-name",
     "served_model_names",
     multiple=True,
+    callback=_require_text,
     help="Name that requests use; may be given several times. [default: the model's own]",
 )
-@click.option("--api-key", "api_keys", multiple=True, help="Key that requests must bear; may be given several times.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    callback=_require_text,
+    help="Key that requests must bear; may be given several times.",
+)
 @click.option("--max-model-len", type=click.IntRange(1), help="Tokens of prompt and answer. [default: the engine's]")
 @click.option(
     "--max-num-seqs",

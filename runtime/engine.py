@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import os
 import weakref
@@ -59,8 +61,9 @@ class Engine:
             self._check = BackgroundCheck(files, lambda damage: _on_damage(owner, damage))
         self._pump = Pump(core, self._check.begin if self._check else lambda: None)
         self._request_numbers = itertools.count()
+        self._process = os.getpid()
         # Also at interpreter exit: the loop's thread must be gone before Python is.
-        self._close = weakref.finalize(self, _close, self._pump, self._check)
+        self._close = weakref.finalize(self, _close, self._pump, self._check, core, self._process)
 
     @staticmethod
     def load(directory: str | os.PathLike[str], **knobs: Any) -> Engine:
@@ -134,11 +137,19 @@ class Engine:
         else:
             text, given = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         if given is None and isinstance(text, str):
-            token_ids = self.tokenizer.encode(text)
+            token_ids = self.encode(text)
         else:
             token_ids = _token_ids(given)
         self.check_prompt(token_ids)
         return text if isinstance(text, str) else None, token_ids, params
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises RequestError, for a text that is far too long at once."""
+        longest = self.model.max_model_len
+        # A text of many times the context would be tokenized for seconds, only to be refused.
+        if len(text) > longest and (least := self.tokenizer.fewest_tokens(text)) >= longest:
+            raise _too_long(longest, f"at least {least} tokens")
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def check_prompt(self, token_ids: list[int]) -> None:
         """Raises InvalidField or PromptTooLong for token ids that cannot be a prompt here."""
@@ -146,10 +157,7 @@ class Engine:
         if not token_ids:
             raise InvalidField("The prompt is empty: it has no tokens.", "prompt")
         if len(token_ids) >= longest:
-            raise PromptTooLong(
-                f"This model's maximum context length is {longest} tokens, but the prompt has {len(token_ids)} and "
-                f"leaves no room for an answer. Shorten it, or serve with a larger --max-model-len."
-            )
+            raise _too_long(longest, str(len(token_ids)))
         if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
             raise InvalidField(f"Token id {short(wrong)} is out of vocabulary: wanted 0 to {vocab_size - 1}.", "prompt")
@@ -167,6 +175,10 @@ class Engine:
             raise EngineFormatError(self._damage)
         if not self._close.alive:
             raise EngineryError("The engine is closed and takes no requests. Load it again.")
+        if os.getpid() != self._process:
+            raise EngineryError(
+                f"The engine was loaded in process {self._process}; a fork has none of its threads. Load it again here."
+            )
         self._check_tokens_of(params)
         request = Request(self._pump, sink, assembly)
         values = self._core_request(token_ids, params)
@@ -234,6 +246,13 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the loop (see Core.stats)."""
         return self._core.stats()
+
+    def warm_up(self) -> None:
+        """Does now what the first request would else wait for: the chat template, the tokenizer's threads."""
+        self.tokenizer.encode("Once upon a time")
+        if self.model.chat_template is not None:
+            with contextlib.suppress(RequestError):  # which requests are told, when they need it
+                self.model.chat_template.compile()
 
     def wait_until_verified(self, timeout_s: float | None = None) -> bool:
         """Waits until the weights are hashed; False if that takes longer. Raises EngineFormatError for damage."""
@@ -312,7 +331,11 @@ def _result(tokenizer: Future[Tokenizer]) -> Tokenizer:
     return tokenizer.result()
 
 
-def _close(pump: Pump, check: BackgroundCheck | None) -> None:
+def _close(pump: Pump, check: BackgroundCheck | None, core: Core, process: int) -> None:
+    if os.getpid() != process:
+        # A fork has none of the threads: to wait for them, as the core does at its end, would be for ever.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))
+        return
     if check is not None:
         check.stop()
     pump.close()
@@ -322,6 +345,13 @@ def _on_damage(owner: weakref.ref[Engine], damage: str) -> None:
     engine = owner()
     if engine is not None:
         engine._fail(damage)
+
+
+def _too_long(longest: int, found: str) -> PromptTooLong:
+    return PromptTooLong(
+        f"This model's maximum context length is {longest} tokens, but the prompt has {found} and leaves no room for "
+        f"an answer. Shorten it, or serve with a larger --max-model-len."
+    )
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -21,6 +21,11 @@ from .files import EngineFiles
 # No model's activations are larger than this and so much for each token of a step; a plan that says so is no plan.
 _MOST_ACTIVATION_BYTES = 1 << 30
 _MOST_ACTIVATION_BYTES_PER_TOKEN = 2 << 20
+# Nor does a step of this many tokens touch more than these bytes, and its weights more often than that. A plan costs
+# what it says, and a small file can say much.
+_ORDINARY_STEP = 128
+_MOST_STEP_BYTES = 4 << 30
+_MOST_USES_OF_WEIGHTS = 16
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ def _check_agreement(manifest: Manifest, plans: list[Plan]) -> None:
         )
     if not plans[0].state_groups:
         reasons.append("the plan has no state group")
+    # Calls check the state that they use; what nobody uses nobody would check.
+    used = {op.name for call in plans[0].forward for op in call.operands.values() if op.kind == "state"}
+    reasons += [f"no call uses state group {group.name!r}" for group in plans[0].state_groups if group.name not in used]
     if reasons:
         raise faults(EngineFormatError, "The engine contradicts itself; build it again", reasons)
 
@@ -116,6 +124,7 @@ def prepare_core(files: EngineFiles, ranks: list[Rank], target: Target, config: 
         weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
         check_bounds(rank.plan, limits, weight_bytes, files.of_rank("plan", index))
         _check_activations(rank.plan, limits, config.num_threads or 1)
+        _check_work(rank, limits)
     plan = ranks[0].plan
     shape = StateShape(plan.state_groups, len(ranks), config.max_num_batched_tokens)
     num_blocks = choose_blocks(shape, max_model_len, config.max_num_seqs, config.kv_cache_bytes)
@@ -174,6 +183,22 @@ def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> 
         raise CapacityError(
             f"The plan wants {size} for activations, of which no step of {limits['tokens']} tokens needs more than "
             f"{format_bytes(most)}. The engine is damaged: build it again."
+        )
+
+
+def _check_work(rank: Rank, limits: dict[str, int]) -> None:
+    step = {variable: min(largest, _ORDINARY_STEP) for variable, largest in limits.items()}
+    touched = sum(
+        evaluate(operand.extent, guarded_limits(call, step))
+        for call in rank.plan.forward
+        for operand in call.operands.values()
+        if operand.kind in ("buffer", "weight")
+    )
+    most = _MOST_STEP_BYTES + _MOST_USES_OF_WEIGHTS * rank.weights.size
+    if touched > most:
+        raise EngineFormatError(
+            f"The plan touches {format_bytes(touched)} in a step of {step['tokens']} tokens; with weights of "
+            f"{format_bytes(rank.weights.size)} at most {format_bytes(most)} are believed. Build the engine again."
         )
 
 

@@ -83,8 +83,10 @@ class Pump:
     def _dispatch(self, outputs: list[Output]) -> None:
         letters: dict[asyncio.AbstractEventLoop, list[tuple[Sink, Delta]]] = {}
         now = time.monotonic()
-        for output in outputs:
-            ticket = self._tickets.get(output.request_id)
+        with self._lock:
+            # Behind submit(), which may have sent a request off and not yet put its ticket there.
+            tickets = [self._tickets.get(output.request_id) for output in outputs]
+        for output, ticket in zip(outputs, tickets, strict=True):
             if ticket is None:
                 continue
             delta = self._advance(ticket, output, now)

@@ -55,9 +55,7 @@ def serve(
     from .server.state import ServerState
 
     state = ServerState(served_model_names=served_model_names, api_keys=api_keys)
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner() as runner:
         status = runner.run(_Service(state, listener, loading, shutdown_timeout).run())
     if not loading.done():
         # The loader cannot be interrupted, and nobody waits for what it loads.
@@ -90,7 +88,9 @@ def _start_loading(directory: Path, config: EngineConfig) -> Future[Engine]:
         from .engine import load_engine
 
         try:
-            loading.set_result(load_engine(directory, config))
+            engine = load_engine(directory, config)
+            engine.warm_up()
+            loading.set_result(engine)
         except BaseException as error:
             loading.set_exception(error)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..engines.errors import EngineFormatError, EngineryError, RequestError
+from .text_growth import check_growth
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -17,6 +18,8 @@ LARGEST_TOKENIZER_BYTES = 48 << 20
 # Texts in a tokenizer.json: the largest known, of 262,144 tokens, has 1.3 million. More would cost gigabytes to read.
 _MOST_TEXTS = 4_000_000
 _SPACE_MARK = "▁"
+# Characters that a normalizer may make one of (Unicode's canonical composition).
+_MOST_COMPOSED = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Tokenizer:
         rust.no_truncation()
         self._rust = rust
         self._pieces: dict[int, bytes | str] = {}
+        self._longest: int | None = None
         self.special_ids = frozenset(
             token_id for token_id, token in rust.get_added_tokens_decoder().items() if token.special
         )
@@ -56,13 +60,26 @@ class Tokenizer:
         if data.count(b'"') > 2 * _MOST_TEXTS:
             raise EngineFormatError(f"{where}: more than {_MOST_TEXTS} texts, which no tokenizer has. Build it again.")
         with _failing_as(EngineFormatError, f"{where}: not a tokenizer that this runtime reads"):
-            return Tokenizer(RustTokenizer.from_buffer(data))
+            rust = RustTokenizer.from_buffer(data)
+            check_growth(rust)
+            return Tokenizer(rust)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with what the tokenizer puts around it (BOS). Raises RequestError."""
         with _failing_as(RequestError, "The prompt cannot be tokenized"):
             # The batch form lets go of the GIL, so that a long prompt holds up nobody's stream.
             return list(self._rust.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def fewest_tokens(self, text: str) -> int:
+        """No encoding of `text` has fewer tokens than this, which is far below what it has; 0 where nothing is known.
+
+        Spaces are not counted: added tokens may swallow any number of them.
+        """
+        if self.decoding.kind != "byte_level" and not self.decoding.byte_fallback:
+            return 0  # one token for unknown characters may stand for any number of them
+        if self._longest is None:
+            self._longest = max(map(len, self._rust.get_vocab()))
+        return len("".join(text.split())) // (self._longest * _MOST_COMPOSED)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, all at once."""

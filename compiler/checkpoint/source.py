@@ -22,8 +22,12 @@ class Source:
 
 def find_checkpoint(model: str) -> Source:
     """The checkpoint called `model`: a directory, or else a hub id. Raises CheckpointError."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a ~ of nobody
+        raise CheckpointError(f"{model[:100]}: {error}. Wanted a local checkpoint directory, or a hub id.") from None
+    if is_directory:
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{model}: no config.json. Wanted a Hugging Face checkpoint: config.json, weights and tokenizer."

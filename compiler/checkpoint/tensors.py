@@ -6,12 +6,14 @@ Nothing is memory-mapped, so reading a model larger than memory leaves no pages 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +90,8 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            names = sorted(set(map(Path, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index}: wanted a JSON object with a weight_map. Download it again.") from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
@@ -99,7 +101,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / name for name in names]
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
-    if files := sorted(directory.glob("*.safetensors")):
+    if files := sorted(path for path in directory.glob("*.safetensors") if path.is_file()):
         return files
     if pickles := sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern)):
         raise CheckpointError(
@@ -123,22 +125,26 @@ def _read_header(path: Path) -> list[StoredTensor]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        tensors = [
-            StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        ]
-        ends = [8 + length + entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        placed = [_read_entry(name, path, entry, 8 + length) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(damaged.format("its header is no safetensors header")) from None
-    for tensor, end in zip(tensors, ends, strict=True):
-        wanted = int(np.prod(tensor.shape, dtype=np.int64)) * ELEMENT_BYTES.get(tensor.dtype, 0)
+    for tensor, end in placed:
+        wanted = math.prod(tensor.shape) * ELEMENT_BYTES.get(tensor.dtype, 0)
         if end > size:
             raise CheckpointError(damaged.format(f"{tensor.name} should end at byte {end}, the file has {size}"))
         if wanted and end - tensor.offset != wanted:
             raise CheckpointError(
                 damaged.format(f"{tensor.name} {list(tensor.shape)} {tensor.dtype} does not fit its bytes")
             )
-    return tensors
+    return [tensor for tensor, _ in placed]
+
+
+def _read_entry(name: str, path: Path, entry: dict[str, Any], data: int) -> tuple[StoredTensor, int]:
+    """A tensor, and where it ends in the file. Raises ValueError and what else an entry that is none raises."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(name)
+    return StoredTensor(name, path, dtype, shape, data + begin), data + end
 
 
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:

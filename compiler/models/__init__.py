@@ -36,13 +36,13 @@ def read_config(directory: Path) -> Config:
     """What the checkpoint's config.json says. Raises CheckpointError with everything that is not implemented."""
     reader = ConfigReader(directory / "config.json")
     model_type = reader.value("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise CheckpointError(
             f"{reader.path}: model_type {model_type!r} is not implemented. Implemented are {', '.join(MODELS)}; to add "
             f"one, see CONTRIBUTING.md."
         )
-    others = [a for a in reader.value("architectures", []) if not str(a).endswith("ForCausalLM")]
-    if others:
+    names = reader.value("architectures", [])
+    if not isinstance(names, list) or any(not str(name).endswith("ForCausalLM") for name in names):
         reader.refuse("architectures", "wanted a language model (…ForCausalLM)")
     reader.only("is_encoder_decoder", False)
     config = MODELS[model_type].read_config(reader)

@@ -7,14 +7,17 @@ refuses and raises it all at once.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import CheckpointError, faults
-from .rope import Rope
+from .rope import Rope, is_number
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+_LARGEST = 2**31 - 1
 
 # Keys that say nothing about the result of inference: bookkeeping, training, generation defaults, token ids.
 _HARMLESS = frozenset(
@@ -93,24 +96,19 @@ class ConfigReader:
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A count. Without a default it must be there."""
         found = self.value(key, default)
-        if isinstance(found, bool) or not isinstance(found, int) or found < least:
-            wanted = f"an integer of at least {least}"
+        if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= _LARGEST:
+            wanted = f"an integer from {least} to {_LARGEST}"
             self.reasons.append(
                 f"{key} = {_short(found)}: wanted {wanted}" if found is not None else f"{key} is missing"
             )
             return least
         return found
 
-    def number(self, key: str, default: float) -> float:
-        """A finite number."""
+    def number(self, key: str, default: float, above: float = -math.inf) -> float:
+        """A finite number larger than `above`."""
         found = self.value(key, default)
-        if (
-            isinstance(found, bool)
-            or not isinstance(found, (int, float))
-            or found != found
-            or abs(found) == float("inf")
-        ):
-            self.refuse(key, "wanted a number")
+        if not is_number(found) or found <= above:
+            self.refuse(key, "wanted a number" + ("" if above == -math.inf else f" above {above}"))
             return default
         return float(found)
 
@@ -177,7 +175,9 @@ def layer_windows(
     if types is None:
         sliding = sliding_default
     elif (
-        not isinstance(types, list) or len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or any(kind not in ("full_attention", "sliding_attention") for kind in types)
     ):
         reader.refuse("layer_types", f"wanted {num_layers} of full_attention and sliding_attention")
         sliding = [False] * num_layers

@@ -4,6 +4,7 @@ norms that multiply by 1 + weight, scaled embeddings, and soft-capping where con
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from ..graph.builder import GraphBuilder
 from .config import Config, ConfigReader, layer_windows
 from .layers import Inputs, Tensors, attention, embed, gate_and_up, gated_mlp, head, projections, step_inputs
 from .llama import decoder_config
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_config(reader: ConfigReader) -> Config:
@@ -30,7 +33,7 @@ def read_config(reader: ConfigReader) -> Config:
     return replace(
         cfg,
         max_model_len=reader.integer("max_position_embeddings"),
-        scale=reader.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        scale=reader.number("query_pre_attn_scalar", 256.0, above=0.0) ** -0.5,
         attention_softcap=reader.number("attn_logit_softcapping", 0.0),
         logits_softcap=reader.number("final_logit_softcapping", 0.0),
     )
@@ -39,13 +42,21 @@ def read_config(reader: ConfigReader) -> Config:
 def _spell_ropes_by_layer_type(reader: ConfigReader) -> None:
     """transformers 4 has rope_theta and rope_scaling for full attention and rope_local_base_freq for windows."""
     theta, local = reader.number("rope_theta", 1_000_000.0), reader.number("rope_local_base_freq", 10_000.0)
-    parameters = dict(reader.value("rope_parameters", {}))
-    scaling = reader.value("rope_scaling", {})
-    full = dict(parameters.get("full_attention") or {}) | (scaling if isinstance(scaling, dict) else {})
-    sliding = dict(parameters.get("sliding_attention") or {})
-    full.setdefault("rope_theta", theta)
-    sliding.setdefault("rope_theta", local)
-    reader.raw["rope_parameters"] = parameters | {"full_attention": full, "sliding_attention": sliding}
+    parameters = _object(reader, "rope_parameters", reader.value("rope_parameters"))
+    full, sliding = (_object(reader, "rope_parameters", parameters.get(kind)) for kind in _LAYER_TYPES)
+    scaling = _object(reader, "rope_scaling", reader.value("rope_scaling"))
+    reader.raw["rope_parameters"] = parameters | {
+        "full_attention": {"rope_theta": theta} | full | scaling,
+        "sliding_attention": {"rope_theta": local} | sliding,
+    }
+    reader.raw["rope_scaling"] = None
+
+
+def _object(reader: ConfigReader, key: str, found: object) -> dict[str, Any]:
+    if found is None or isinstance(found, dict):
+        return found or {}
+    reader.refuse(key, "wanted an object")
+    return {}
 
 
 def build(g: GraphBuilder, w: Tensors, cfg: Config) -> None:

@@ -14,7 +14,7 @@ def read_config(reader: ConfigReader) -> Config:
     window = reader.integer("sliding_window", 4096) if windowed else 0
     kind = "sliding_attention" if windowed else "full_attention"
     types = reader.value("layer_types", [kind])
-    if not isinstance(types, list) or set(types) != {kind}:
+    if not isinstance(types, list) or any(found != kind for found in types):
         reader.refuse("layer_types", "mistral's layers are all alike; alternating ones are another architecture")
     reader.only("attention_bias", False)
     return decoder_config(reader, (window,) * reader.integer("num_hidden_layers"), kv_default=8)

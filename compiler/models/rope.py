@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .config import ConfigReader
 
 Frequencies = NDArray[np.float64]
+_LARGEST = 3e38  # that float32 holds
+
+
+def is_number(value: object) -> bool:
+    """True for a finite JSON number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,12 @@ class Rope:
     factor: float = 1.0
     reach: float = 1.0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is one that a kernel can use."""
+        numbers = (self.attention_factor, self.threshold, self.base, self.factor, self.reach)
+        return all(map(is_number, (*self.frequencies, *self.long_frequencies, *numbers)))
+
 
 @dataclass(frozen=True)
 class _Spec:
@@ -54,15 +66,24 @@ class _Spec:
     def number(self, name: str, default: float | None = None) -> float:
         found = self.parameters.get(name)
         found = default if found is None else found
-        if isinstance(found, bool) or not isinstance(found, (int, float)):
-            self.reader.reasons.append(f"{self.key}.{name} = {found!r}: wanted a number")
+        if found is None or not is_number(found) or found <= 0:
+            self.reader.reasons.append(f"{self.key}.{name} = {found!r}: wanted a number above 0")
             return 1.0
         return float(found)
+
+    def optional(self, name: str) -> float | None:
+        """None where it is missing or 0, which asks for the formula's own."""
+        return self.number(name) if self.parameters.get(name) not in (None, 0) else None
 
     def original_length(self) -> int:
         found = self.reader.value("original_max_position_embeddings")
         found = self.parameters.get("original_max_position_embeddings") if found is None else found
-        return int(found) if isinstance(found, (int, float)) and found >= 1 else self.max_positions
+        if found is None:
+            return self.max_positions
+        if not is_number(found) or found < 1:
+            self.reader.reasons.append(f"original_max_position_embeddings = {found!r}: wanted a number from 1")
+            return self.max_positions
+        return int(found)
 
 
 def read_rope(
@@ -71,26 +92,19 @@ def read_rope(
     parameters: dict[str, Any],
     theta: float,
     head_dim: int,
-    renamed: dict[str, str] | None = None,
 ) -> Rope:
     """The table that `parameters` describe; `key` is where they stand in config.json, for messages."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    kind = (renamed or {}).get(kind, kind)
     fraction = parameters.get("partial_rotary_factor", reader.value("partial_rotary_factor", 1.0))
     base = parameters.get("rope_theta", theta)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         reader.reasons.append(f'{key}.rope_type = "{kind}": not implemented; implemented are {", ".join(_KINDS)}')
         kind = "default"
     unknown = sorted(set(parameters) - _COMMON - _KINDS[kind].keys)
     reader.reasons += [
         f"{key}.{name} = {parameters[name]!r}: not known for {kind}" for name in unknown if parameters[name] is not None
     ]
-    if (
-        not isinstance(fraction, (int, float))
-        or not 0 < fraction <= 1
-        or not isinstance(base, (int, float))
-        or base <= 1
-    ):
+    if not is_number(fraction) or not 0 < fraction <= 1 or not is_number(base) or base <= 1:
         reader.reasons.append(f"{key}: rope_theta = {base!r} or partial_rotary_factor = {fraction!r} makes no sense")
         fraction, base = 1.0, 10000.0
     dim = int(head_dim * fraction)
@@ -100,7 +114,20 @@ def read_rope(
         )
         dim = max(dim - dim % 2, 2)
     spec = _Spec(parameters, reader, key, dim, float(base), reader.integer("max_position_embeddings"))
-    return _KINDS[kind].make(spec)
+    return _make(spec, kind)
+
+
+def _make(spec: _Spec, kind: str) -> Rope:
+    """The table, or a refusal and a plain one where its numbers, each sound, make none together."""
+    with np.errstate(all="ignore"):
+        try:
+            rope = _KINDS[kind].make(spec)
+            if rope.is_finite:
+                return rope
+        except (ArithmeticError, ValueError):
+            pass
+    spec.reader.reasons.append(f"{spec.key}: its numbers give no finite frequencies for {kind}")
+    return Rope("static", spec.dim, (1.0,) * (spec.dim // 2))
 
 
 def _plain(spec: _Spec) -> Frequencies:
@@ -152,13 +179,13 @@ def _yarn(spec: _Spec) -> Rope:
     """Peng et al., YaRN, 2023."""
     length = spec.original_length()
     factor = spec.number("factor", spec.max_positions / length)
-    attention_factor = spec.parameters.get("attention_factor")
+    attention_factor = spec.optional("attention_factor")
+    mscale, all_dim = spec.optional("mscale"), spec.optional("mscale_all_dim")
     if attention_factor is None:
-        mscale, all_dim = spec.parameters.get("mscale"), spec.parameters.get("mscale_all_dim")
         attention_factor = (
             _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1.0)
         )
-    fast, slow = spec.number("beta_fast", 32) or 32, spec.number("beta_slow", 1) or 1
+    fast, slow = spec.optional("beta_fast") or 32, spec.optional("beta_slow") or 1
     low, high = (
         spec.dim * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(spec.base)) for beta in (fast, slow)
     )
@@ -169,7 +196,7 @@ def _yarn(spec: _Spec) -> Rope:
     frequencies = _plain(spec)
     mixed = frequencies / factor * ramp + frequencies * (1 - ramp)
     reach = max(length * factor / spec.max_positions, 1.0)
-    return Rope("static", spec.dim, _rounded(mixed), attention_factor=float(attention_factor), reach=reach)
+    return Rope("static", spec.dim, _rounded(mixed), attention_factor=attention_factor, reach=reach)
 
 
 def _mscale(scale: float, weight: float) -> float:
@@ -180,18 +207,18 @@ def _longrope(spec: _Spec) -> Rope:
     """Ding et al., LongRoPE, 2024: one set of factors for short prompts, another for long ones."""
     length = spec.original_length()
     factor = spec.number("factor", spec.max_positions / length)
-    attention_factor = spec.parameters.get("attention_factor")
+    attention_factor = spec.optional("attention_factor")
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
     tables = []
     for name in ("short_factor", "long_factor"):
         factors = spec.parameters.get(name)
-        if not isinstance(factors, list) or len(factors) != spec.dim // 2:
-            count = len(factors) if isinstance(factors, list) else "none"
-            spec.reader.reasons.append(f"{spec.key}.{name}: wanted {spec.dim // 2} numbers, got {count}")
+        if not isinstance(factors, list) or len(factors) != spec.dim // 2 or not all(map(is_number, factors)):
+            got = f"{len(factors)} values" if isinstance(factors, list) else "none"
+            spec.reader.reasons.append(f"{spec.key}.{name}: wanted {spec.dim // 2} numbers, got {got}")
             factors = [1.0] * (spec.dim // 2)
         tables.append(_rounded(_plain(spec) / np.asarray(factors, np.float32)))
-    return Rope("longrope", spec.dim, tables[0], tables[1], attention_factor=float(attention_factor), threshold=length)
+    return Rope("longrope", spec.dim, tables[0], tables[1], attention_factor=attention_factor, threshold=length)
 
 
 @dataclass(frozen=True)
@@ -227,13 +254,13 @@ def read_ropes(
     head_dim: int,
     windows: tuple[int, ...],
     theta: float = 10000.0,
-    renamed: dict[str, str] | None = None,
 ) -> tuple[tuple[int, ...], tuple[Rope, ...]]:
     """Which table each layer uses, and the tables. Reads rope_parameters, flat or by layer type, or the older keys."""
     parameters = reader.value("rope_parameters")
     scaling = reader.value("rope_scaling")
-    key = "rope_parameters" if parameters is not None else "rope_scaling"
-    parameters = parameters if parameters is not None else scaling if scaling is not None else {}
+    # Where a config has both, transformers takes the older one.
+    key = "rope_scaling" if scaling else "rope_parameters"
+    parameters = scaling or (parameters if parameters is not None else {})
     base = reader.number("rope_theta", theta)
     reader.value("original_max_position_embeddings")
     if not isinstance(parameters, dict):
@@ -241,11 +268,17 @@ def read_ropes(
         parameters = {}
     nested = {kind: parameters[kind] for kind in ("full_attention", "sliding_attention") if kind in parameters}
     if not nested:
-        return (0,) * len(windows), (read_rope(reader, key, parameters, base, head_dim, renamed),)
+        return (0,) * len(windows), (read_rope(reader, key, parameters, base, head_dim),)
+    beside = sorted(name for name in parameters if name not in nested and parameters[name] is not None)
+    reader.reasons += [f"{key}.{name}: not known beside {' and '.join(nested)}" for name in beside]
     tables: list[Rope] = []
     chosen = {}
     for kind in sorted({"sliding_attention" if window else "full_attention" for window in windows}):
-        rope = read_rope(reader, f"{key}.{kind}", nested.get(kind) or {}, base, head_dim, renamed)
+        inner = nested.get(kind) or {}
+        if not isinstance(inner, dict):
+            reader.reasons.append(f"{key}.{kind}: wanted an object")
+            inner = {}
+        rope = read_rope(reader, f"{key}.{kind}", inner, base, head_dim)
         if rope not in tables:
             tables.append(rope)
         chosen[kind] = tables.index(rope)

@@ -260,6 +260,11 @@ std::unique_ptr<Kernel> make_attention(const CallSpec& call, const Binding& bind
     kernel->query_transform.norm =
         reinterpret_cast<const float*>(reader.optional("q_norm", {"rows_f32.v0"}, d * 4).data);
     kernel->state = reader.state("state", kernel->num_kv_heads, d);
+    const int64_t kept = kernel->state.window;
+    if (kept > 0 && (kernel->window == 0 || kernel->window > kept)) {
+        reader.fault("attribute window: its state keeps " + std::to_string(kept) + " tokens, but " +
+                     (kernel->window == 0 ? "all" : std::to_string(kernel->window)) + " are to be seen");
+    }
     kernel->cache = HeadCache::of(kernel->state, d);
     if (TileScratch().cut(nullptr, kernel->tile_tokens * kernel->heads_together, d, round_up(d, 16)) >
         kThreadScratchBytes) {

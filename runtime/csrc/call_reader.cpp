@@ -189,6 +189,7 @@ LayerState CallReader::state(const std::string& name, int64_t num_kv_heads, int6
     state.data = bound->second.data + operand->layer * num_kv_heads * state.head_bytes;
     state.group = operand->index;
     state.block_size = group.block_size;
+    state.window = group.window;
     state.num_blocks = binding_.num_blocks[static_cast<size_t>(operand->index)];
     state.dtype = group.dtype;
     return state;

@@ -35,6 +35,7 @@ struct LayerState {
     int64_t head_bytes = 0;
     int32_t block_size = 0;
     int32_t num_blocks = 0;
+    int32_t window = 0;  // blocks behind it are gone; 0 = none ever is
     std::string dtype;
 };
 

@@ -99,7 +99,8 @@ def _models(http: Request, state: ServerState) -> Response:
 
 def _model(http: Request, state: ServerState) -> Response:
     state.check()
-    return JSONResponse(state.describe_model(state.require_model(http.path_params["name"])))
+    name = http.path_params["name"]
+    return JSONResponse(state.describe_model(state.require_model(name))) if name else _models(http, state)
 
 
 def _health(http: Request, state: ServerState) -> Response:

@@ -19,7 +19,7 @@ from .errors import ApiError, invalid
 from .logprobs import LogprobWriter, hidden_ids, prompt_logprobs_json
 from .messages import parse_messages
 from .prompts import encode
-from .protocol import LARGEST_LOGPROBS, Body, Common, parse_common, refuse, require_room
+from .protocol import LARGEST_COUNT, LARGEST_LOGPROBS, Body, Common, parse_common, refuse, require_room
 from .state import ServerState
 from .streaming import DONE, EventStream, event, quote, unless_disconnected
 
@@ -41,7 +41,8 @@ def parse_chat(body: Body, engine: Engine) -> ChatRequest:
     """Checks a request and renders its prompt. Raises ApiError, RequestError."""
     top_logprobs = _top_logprobs(body)
     max_tokens_name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    common = parse_common(body, engine.model, top_logprobs, max_tokens_name)
+    max_tokens = body.integer(max_tokens_name, 1, LARGEST_COUNT)
+    common = parse_common(body, engine.model, top_logprobs, max_tokens)
     template = engine.model.chat_template
     if template is None:
         raise invalid(

@@ -16,8 +16,8 @@ from ..requests import PositionLogprobs
 from .choices import Choice, Run
 from .errors import ApiError, invalid
 from .logprobs import LogprobWriter, prompt_logprobs_json
-from .prompts import LARGEST_COUNT, Prompt, read_prompts, spell
-from .protocol import LARGEST_LOGPROBS, Body, Common, parse_common, require_room
+from .prompts import MOST_CHOICES, Prompt, read_prompts, spell
+from .protocol import LARGEST_COUNT, LARGEST_LOGPROBS, Body, Common, parse_common, require_room
 from .state import ServerState
 from .streaming import DONE, EventStream, event, quote, unless_disconnected
 
@@ -38,7 +38,7 @@ def parse_completion(body: Body, engine: Engine) -> CompletionRequest:
     """Checks a request, but for its prompt. Raises ApiError, InvalidField."""
     logprobs = body.integer("logprobs", 0, LARGEST_LOGPROBS)
     echo = body.boolean("echo")
-    common = parse_common(body, engine.model, logprobs, "max_tokens")
+    common = parse_common(body, engine.model, logprobs, body.integer("max_tokens", 0, LARGEST_COUNT))
     asks_prompt = common.params.prompt_logprobs is not None
     params = common.params.clone(max_tokens=common.params.max_tokens or _DEFAULT_MAX_TOKENS)
     if echo and logprobs is not None and not asks_prompt:
@@ -54,8 +54,8 @@ async def completions(http: HttpRequest, body: Body, state: ServerState) -> Resp
     request = parse_completion(body, engine)
     prompts = await read_prompts(body.get("prompt"), engine, body.boolean("add_special_tokens", default=True))
     params, max_tokens = request.common.params, request.common.max_tokens
-    if len(prompts) * params.n > LARGEST_COUNT:
-        raise invalid(f"prompts times n must be at most {LARGEST_COUNT}, got {len(prompts)} · {params.n}.", "n")
+    if len(prompts) * params.n > MOST_CHOICES:
+        raise invalid(f"prompts times n must be at most {MOST_CHOICES}, got {len(prompts)} · {params.n}.", "n")
     for prompt in prompts:
         require_room(len(prompt.token_ids), max_tokens, engine.model, "max_tokens")
     run = Run(engine, [prompt.token_ids for prompt in prompts], params, uncounted=max_tokens == 0)

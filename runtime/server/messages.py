@@ -10,7 +10,7 @@ from ..requests import short
 from .errors import invalid
 from .protocol import require_encodable
 
-LARGEST_COUNT = 10_000
+MOST_MESSAGES = 10_000
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -20,8 +20,8 @@ def parse_messages(given: object, template: ChatTemplate) -> list[Message]:
         raise invalid("messages is missing.", "messages", "missing_required_parameter")
     if not isinstance(given, list) or not given:
         raise invalid(f"messages must be a list of at least one message, got {short(given)}.", "messages")
-    if len(given) > LARGEST_COUNT:
-        raise invalid(f"messages must be at most {LARGEST_COUNT}, got {len(given)}.", "messages")
+    if len(given) > MOST_MESSAGES:
+        raise invalid(f"messages must be at most {MOST_MESSAGES}, got {len(given)}.", "messages")
     # A template that does not know developers would drop what they say.
     knows_developer = "developer" in template.source
     return [_parse_message(message, f"messages[{index}]", knows_developer) for index, message in enumerate(given)]

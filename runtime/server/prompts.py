@@ -12,7 +12,7 @@ from ..tokenizer import Tokenizer
 from .errors import invalid
 from .protocol import require_encodable
 
-LARGEST_COUNT = 1024
+MOST_CHOICES = 1024
 # Tokenizing a longer text is left to a thread: it would hold up everybody's stream.
 _LONG_TEXT = 4096
 
@@ -28,8 +28,8 @@ class Prompt:
 async def encode(engine: Engine, text: str, add_special_tokens: bool) -> list[int]:
     """Token ids of `text`. Raises RequestError."""
     if len(text) <= _LONG_TEXT:
-        return engine.tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(engine.tokenizer.encode, text, add_special_tokens)
+        return engine.encode(text, add_special_tokens)
+    return await asyncio.to_thread(engine.encode, text, add_special_tokens)
 
 
 async def read_prompts(given: object, engine: Engine, add_special_tokens: bool) -> list[Prompt]:
@@ -54,8 +54,8 @@ def _as_list(given: object) -> list[object]:
         raise invalid(f"prompt must be text, token ids or a list of these, got {short(given)}.", "prompt")
     if isinstance(given[0], int):
         return [given]
-    if len(given) > LARGEST_COUNT:
-        raise invalid(f"prompt must be a list of at most {LARGEST_COUNT}, got {len(given)}.", "prompt")
+    if len(given) > MOST_CHOICES:
+        raise invalid(f"prompt must be a list of at most {MOST_CHOICES}, got {len(given)}.", "prompt")
     return given
 
 

@@ -12,6 +12,7 @@ from ..requests import SamplingParams, short
 from .errors import invalid
 
 LARGEST_LOGPROBS = 20
+LARGEST_COUNT = (1 << 63) - 1
 SMALLEST_TOP_P = 1e-9  # OpenAI allows top_p 0, which means the likeliest token alone
 
 _SAMPLING = (
@@ -135,6 +136,10 @@ _UNSUPPORTED: dict[str, tuple[_Harmless, str]] = {
     "guided_regex": (lambda value: False, _LATER),
     "guided_choice": (lambda value: False, _LATER),
     "guided_grammar": (lambda value: False, _LATER),
+    "grammar": (lambda value: value == "", _LATER),
+    "json_schema": (lambda value: False, _LATER),
+    "regex": (lambda value: value == "", _LATER),
+    "ebnf": (lambda value: value == "", _LATER),
     "use_beam_search": (lambda value: value is False, _LATER),
     "length_penalty": (lambda value: value == 1, "is of beam search, which is not implemented"),
     "early_stopping": (lambda value: value is False, "is of beam search, which is not implemented"),
@@ -142,6 +147,8 @@ _UNSUPPORTED: dict[str, tuple[_Harmless, str]] = {
     "prompt_embeds": (lambda value: False, _LATER),
     "logits_processors": (lambda value: value == [], "cannot be served: the server runs no code of clients"),
     "priority": (lambda value: value == 0, _LATER),
+    "typical_p": (lambda value: value == 1, "other than 1 " + _LATER),
+    "mirostat": (lambda value: value == 0, "other than 0 " + _LATER),
     "spaces_between_special_tokens": (lambda value: value is True, "false " + _LATER),
 }
 
@@ -154,13 +161,11 @@ def refuse_unsupported(body: Body) -> None:
             raise invalid(f"{name} {reason}.", name, "unsupported_parameter")
 
 
-def parse_common(body: Body, model: Model, logprobs: int | None, max_tokens_name: str) -> Common:
+def parse_common(body: Body, model: Model, logprobs: int | None, max_tokens: int | None) -> Common:
     """The fields that both endpoints have. Raises ApiError, InvalidField."""
     refuse_unsupported(body)
     stream = body.boolean("stream")
     include_usage, continuous_usage = _parse_stream_options(body, stream)
-    smallest = 0 if max_tokens_name == "max_tokens" and body.get("messages") is None else 1
-    max_tokens = body.integer(max_tokens_name, smallest, (1 << 63) - 1)
     return Common(
         model=body.text("model") or "",
         params=_sampling_params(body, model, logprobs, max_tokens),

@@ -306,3 +306,62 @@ def test_generation_config_and_template_come_along(copy: Path, tmp_path: Path) -
     engine = compile_to(copy, tmp_path / "e")
     assert read_manifest(engine).of_role("generation") == "generation_config.json"
     assert (engine / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@pytest.mark.parametrize("spelling", ["{}/missing/../engine", "{}/./new/deep/engine/", "{}/a b/é 模型"])
+def test_an_output_may_be_spelled_in_any_way(spelling: str, checkpoint: Path, tmp_path: Path) -> None:
+    output = compile_to(checkpoint, Path(spelling.format(tmp_path)))
+    assert read_manifest(output).model.architecture == "llama"
+
+
+def test_force_replaces_the_directory_that_one_stands_in(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(compile_to(checkpoint, tmp_path / "engine"))
+    compile_to(checkpoint, Path(), precision="bf16", force=True)
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest(tmp_path / "engine").precision == "bf16"
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_what_came_to_the_output_during_a_build_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+
+    def interfere(count: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "mine").touch()
+
+    with (
+        prepare(BuildRequest(str(checkpoint), output, target="cpu-avx2")) as prepared,
+        pytest.raises(CompileError, match="exists"),
+    ):
+        build(prepared, interfere)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["engine", "engine/mine"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 250])
+def test_a_name_too_long_for_the_disk_is_one_message(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="cannot be written"):
+        compile_to(checkpoint, tmp_path / name)
+    with pytest.raises(CompileError, match="--save-graph"):
+        compile_to(checkpoint, tmp_path / "engine", save_graph=tmp_path / ("n" * 300))
+
+
+@pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
+@pytest.mark.parametrize("value", [None, [], {}, "x", -1, [-1, 5], [1.0, 2.0], ["a", "b"], [[1], [2]]], ids=str)
+def test_headers_with_other_kinds_of_values_are_refused(key: str, value: object, copy: Path, tmp_path: Path) -> None:
+    path = copy / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["model.norm.weight"][key] = value
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    with pytest.raises(CheckpointError):
+        compile_to(copy, tmp_path / "engine")
+
+
+def test_a_fifo_is_no_weights_file(copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    os.mkfifo(copy / "model.safetensors")
+    refused(CheckpointError, "no \\*.safetensors file", copy, tmp_path)

@@ -162,3 +162,65 @@ def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError):
         read_config(tmp_path)
+
+
+_NUMBERS = [float("nan"), float("inf"), 0, -1, 10**400, "x", [], {}, True]
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("value", _NUMBERS, ids=lambda value: str(value)[:9])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ({"rope_type": "default"}, "rope_theta"),
+        ({"rope_type": "linear", "factor": 2.0}, "factor"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "factor"),
+        ({"rope_type": "llama3", **_LLAMA3}, "low_freq_factor"),
+        ({"rope_type": "llama3", **_LLAMA3}, "original_max_position_embeddings"),
+        (_YARN, "beta_fast"),
+        (_YARN, "attention_factor"),
+        (_YARN, "factor"),
+    ],
+)
+def test_numbers_that_give_no_frequencies_are_refused(
+    kind: dict[str, Any], name: str, value: object, tmp_path: Path
+) -> None:
+    if value == 0 and name in ("beta_fast", "attention_factor"):
+        return  # asks for the default, as in transformers
+    with pytest.raises(CheckpointError, match=name):
+        read(tmp_path, rope_parameters=kind | {name: value})
+
+
+@pytest.mark.parametrize("found", [3, "x", [1], {"rope_type": ["x"]}, {"full_attention": 3}, {"full_attention": [1]}])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3"])
+def test_rope_parameters_of_another_shape_are_refused(found: object, model_type: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="rope_parameters"):
+        read(tmp_path, model_type=model_type, head_dim=8, rope_parameters=found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": ["llama"]},
+        {"architectures": 5},
+        {"rms_norm_eps": 10**400},
+        {"head_dim": 10**30},
+        {"model_type": "gemma3_text", "query_pre_attn_scalar": 0},
+        {"model_type": "mistral", "layer_types": [["sliding_attention"]] * 4},
+        {"model_type": "gemma3_text", "layer_types": [["sliding_attention"]] * 4},
+    ],
+)
+def test_values_of_another_kind_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=list(changes)[-1]):
+        read(tmp_path, **changes)
+
+
+def test_of_both_spellings_of_scaling_transformers_takes_the_older(tmp_path: Path) -> None:
+    newer = {"rope_type": "default", "rope_theta": 5e5}
+    both = read(tmp_path, rope_parameters=newer, rope_scaling={"type": "linear", "factor": 2.0})
+    assert both.rope_tables == read(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}).rope_tables
+
+
+def test_parameters_beside_those_of_layer_types_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"rope_parameters\.factor"):
+        read(tmp_path, **_GEMMA, rope_parameters={"factor": 2.0})

@@ -60,3 +60,9 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "~nobody-of-that-name/model"])
+def test_a_path_that_the_system_refuses_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError):
+        find_checkpoint(name)

@@ -73,6 +73,22 @@ def test_ends_at_once_without_time_to_drain(built_engine: Path) -> None:
         assert process.wait(timeout=30) == 0
 
 
+def test_a_second_signal_ends_at_once(built_engine: Path) -> None:
+    with running(built_engine, "--shutdown-timeout", "600") as (process, url):
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 80)) as unfinished:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
+            unfinished.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+            assert unfinished.recv(100).startswith(b"HTTP/1.1 100")  # now it is in flight
+            process.send_signal(signal.SIGTERM)
+            while (health := httpx.get(f"{url}/health").json())["status"] == "ready":
+                pass
+            assert health["status"] == "draining"
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 503
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
 def test_a_damaged_chunk_ends_serving(copied_engine: Path) -> None:
     weights = copied_engine / "weights.rank0.safetensors"
     data = bytearray(weights.read_bytes())
@@ -105,6 +121,8 @@ def test_port_in_use(built_engine: Path) -> None:
         (["--kv-cache-dtype", "fp32"], "kv_cache_dtype is baked into the engine as bf16"),
         (["--max-num-seq", "1"], "max-num-seqs"),
         (["--port", "99999"], "99999"),
+        (["--api-key", ""], "must not be empty"),
+        (["--api-key", "k", "--served-model-name", ""], "must not be empty"),
         (["--host", "256.1.1.1"], "cannot be served on"),
     ],
 )

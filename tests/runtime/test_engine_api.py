@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -274,3 +275,36 @@ def test_many_threads_at_once(engine: Engine) -> None:
     for thread in threads:
         thread.join()
     assert got == {index: wanted[index] * 5 for index in range(8)}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_is_told_to_load_again(engine: Engine) -> None:
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            engine.generate("the", GREEDY)
+        except EngineryError as error:
+            os.write(write, str(error).encode())
+        finally:
+            engine.close()  # waits for no thread
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as told:
+        assert "Load it again here" in told.read()
+    assert os.waitpid(child, 0)[1] == 0
+    assert texts(engine.generate("the", GREEDY))
+
+
+def test_a_text_of_many_contexts_is_not_tokenized(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    length = 100 * engine.model.max_model_len
+    assert len(engine.encode(" " * length)) > engine.model.max_model_len
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("was tokenized"))
+    with pytest.raises(PromptTooLong, match="at least"):
+        engine.generate("the" * length, GREEDY)
+
+
+def test_warming_up_makes_the_template_ready(engine: Engine) -> None:
+    engine.warm_up()
+    template = engine.model.chat_template
+    assert template is not None
+    assert template._template is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,17 @@ def test_the_whole_way(built_engine: Path) -> None:
             return [output async for output in engine.generate_stream("Once upon a time", GREEDY)][-1].outputs[0].text
 
         assert asyncio.run(stream()) == first.text
+
+
+def test_loading_brings_no_server(built_engine: Path) -> None:
+    program = f"""import enginery, json, sys
+with enginery.Engine.load({str(built_engine)!r}) as engine:
+    engine.generate("Once", enginery.SamplingParams(max_tokens=1))
+print(json.dumps(sorted(sys.modules)))"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    modules = json.loads(result.stdout)
+    assert "enginery.runtime._core" in modules
+    assert not {"starlette", "uvicorn", "click", "jinja2", "torch", "transformers", "onnx"} & set(modules)
 
 
 def test_knobs_decide_the_memory(built_engine: Path) -> None:

@@ -19,7 +19,9 @@ KERNEL_HEADER = Path(__file__).resolve().parents[2] / "plugins" / "kernel.h"
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_plan_is_what_the_runtime_takes(case: str, precision: str, ranks: int, tmp_path: Path) -> None:
     make_checkpoint(case, tmp_path / "model")
-    request = BuildRequest(str(tmp_path / "model"), tmp_path / "engine", precision=precision, tensor_parallel_size=ranks)
+    request = BuildRequest(
+        str(tmp_path / "model"), tmp_path / "engine", precision=precision, tensor_parallel_size=ranks
+    )
     with prepare(request) as prepared:
         planned = prepared.memory(num_threads=2)
         engine = build(prepared)

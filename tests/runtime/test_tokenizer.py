@@ -83,3 +83,16 @@ def test_a_panic_of_the_library_is_one_error() -> None:
 
 def test_errors_are_of_one_family() -> None:
     assert issubclass(EngineFormatError, EngineryError)
+
+
+@given(st.text())
+def test_no_text_has_fewer_tokens_than_fewest(byte_level: Tokenizer, sentencepiece: Tokenizer, text: str) -> None:
+    for tokenizer in (byte_level, sentencepiece):
+        assert tokenizer.fewest_tokens(text * 20) <= len(tokenizer.encode(text * 20))
+
+
+def test_nothing_is_known_of_texts_whose_unknown_parts_fuse() -> None:
+    rust = RustTokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(rust)
+    assert tokenizer.encode("b" * 1000) == [0]
+    assert tokenizer.fewest_tokens("b" * 1000) == 0

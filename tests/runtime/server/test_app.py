@@ -63,6 +63,10 @@ def test_paths_and_methods(served: Served, method: str, path: str, status: int) 
     error_of(answer)
 
 
+def test_models_with_a_slash_are_the_list(served: Served) -> None:
+    assert served.http.get("/v1/models/").json() == served.http.get("/v1/models").json()
+
+
 def test_unknown_model(served: Served) -> None:
     for ask in (
         lambda: served.openai.completions.create(model="nope", prompt="x"),
