@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import asdict, dataclass
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineFormatError
-from .fields import Fields, describe
+from .fields import LARGEST, Fields, describe
 from .files import is_plain_name, read_bounded
 
 FORMAT = "enginery-engine"
 MANIFEST = "manifest.json"
 VERSIONS = {"manifest": 0, "plan": 0, "weights": 0, "kernels": 0}
 CHUNK_BYTES = 64 << 20
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 2 << 20
 # The chunks of 3 TB of weights, and the files of a thousand ranks.
 LARGEST_MANIFEST_BYTES = 4 << 20
 MOST_FILES = 4096
@@ -220,51 +221,58 @@ def hash_file(path: Path, role: str, format: str, rank: int = -1) -> FileEntry:
 
 
 class GrowingFile:
-    """Hashes a file in a thread of its own while it is written from front to back."""
+    """Hashes a file while it is written from front to back: whole in one thread, by chunks in another."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._ready, self._done, self._ended = 0, 0, False
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._ready, self._ended = 0, False
         self._changed = threading.Condition()
-        self._whole, self._chunks = hashlib.sha256(), [hashlib.sha256()]
-        self._thread = threading.Thread(target=self._run, name="enginery-hash", daemon=True)
-        self._thread.start()
+        self._whole, self._chunks = [hashlib.sha256()], [hashlib.sha256()]
+        self._threads = [
+            threading.Thread(target=self._run, args=arguments, name="enginery-hash", daemon=True)
+            for arguments in ((self._whole, LARGEST), (self._chunks, CHUNK_BYTES))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def advance(self, position: int) -> None:
         """Everything before `position` is written for good."""
         with self._changed:
             self._ready = position
-            self._changed.notify()
+            self._changed.notify_all()
 
     def finish(self, role: str, format: str, rank: int = -1) -> FileEntry:
         """The entry of the finished file; chunks are those of weights."""
         self.close()
         chunks = tuple(chunk.hexdigest() for chunk in self._chunks) if role == "weights" else ()
-        return FileEntry(role, format, self._ready, self._whole.hexdigest(), chunks, rank)
+        return FileEntry(role, format, self._ready, self._whole[0].hexdigest(), chunks, rank)
 
     def close(self) -> None:
-        """Waits for what was announced to be hashed."""
+        """Waits for what was announced to be hashed. A second call does nothing."""
         with self._changed:
-            self._ended = True
-            self._changed.notify()
-        self._thread.join()
-        self._file.close()
+            ended, self._ended = self._ended, True
+            self._changed.notify_all()
+        if not ended:
+            for thread in self._threads:
+                thread.join()
+            os.close(self._descriptor)
 
-    def _run(self) -> None:
-        buffer = memoryview(bytearray(_BLOCK_BYTES))
+    def _run(self, digests: list[Any], chunk_bytes: int) -> None:
+        """Appends a digest for each chunk that begins."""
+        buffer, done = memoryview(bytearray(_BLOCK_BYTES)), 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended or self._ready > self._done)
+                while not self._ended and self._ready <= done:
+                    self._changed.wait()
                 ready, ended = self._ready, self._ended
-            while self._done < ready:
-                if self._done == len(self._chunks) * CHUNK_BYTES:
-                    self._chunks.append(hashlib.sha256())
-                room = min(ready, len(self._chunks) * CHUNK_BYTES) - self._done
-                count = self._file.readinto(buffer[: min(room, _BLOCK_BYTES)]) or 0
+            while done < ready:
+                if done == len(digests) * chunk_bytes:
+                    digests.append(hashlib.sha256())
+                room = min(ready, len(digests) * chunk_bytes) - done
+                count = os.preadv(self._descriptor, [buffer[: min(room, _BLOCK_BYTES)]], done)
                 if count == 0:
                     return  # shorter than announced: the hash will tell
-                self._whole.update(buffer[:count])
-                self._chunks[-1].update(buffer[:count])
-                self._done += count
+                digests[-1].update(buffer[:count])
+                done += count
             if ended:
                 return
