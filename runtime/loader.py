@@ -14,7 +14,7 @@ from ..engines.plan import Call, Operand, Plan, StateGroup, check_bounds, decode
 from ..engines.sizes import format_bytes
 from ..engines.targets import TARGETS, Target, best_target, missing_features
 from ..engines.weights import WeightsFile, read_weights_header
-from .capacity import StateShape, choose_blocks
+from .capacity import StateShape, available_memory, choose_blocks
 from .config import EngineConfig
 from .files import EngineFiles
 
@@ -178,11 +178,18 @@ def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> 
     arena = plan_arena(plan, limits)
     scratch = num_threads * (arena.per_thread_bytes + THREAD_SCRATCH_BYTES) + SHARED_SCRATCH_BYTES
     most = _MOST_ACTIVATION_BYTES + limits["tokens"] * _MOST_ACTIVATION_BYTES_PER_TOKEN
-    if (needed := arena.arena_bytes + scratch) > most:
+    free = available_memory()
+    if (needed := arena.arena_bytes + arena.per_thread_bytes) > most:
         size = format_bytes(needed) if needed < 1 << 60 else "an absurd amount"
         raise CapacityError(
             f"The plan wants {size} for activations, of which no step of {limits['tokens']} tokens needs more than "
             f"{format_bytes(most)}. The engine is damaged: build it again."
+        )
+    if arena.arena_bytes + scratch > free:
+        raise CapacityError(
+            f"Activations need {format_bytes(arena.arena_bytes + scratch)} for steps of {limits['tokens']} tokens and "
+            f"{limits['rows']} sequences on {num_threads} threads; {format_bytes(free)} are free. Give a smaller "
+            f"--max-num-batched-tokens, --max-num-seqs or --num-threads."
         )
 
 

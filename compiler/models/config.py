@@ -18,6 +18,7 @@ from .rope import Rope, is_number
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 _LARGEST = 2**31 - 1
+_MOST_LAYERS = 4096
 
 # Keys that say nothing about the result of inference: bookkeeping, training, generation defaults, token ids.
 _HARMLESS = frozenset(
@@ -103,6 +104,13 @@ class ConfigReader:
             )
             return least
         return found
+
+    def num_layers(self) -> int:
+        """num_hidden_layers, of which no model has thousands: lists of that length are made before weights are seen."""
+        found = self.integer("num_hidden_layers")
+        if found > _MOST_LAYERS:
+            self.refuse("num_hidden_layers", f"wanted at most {_MOST_LAYERS}")
+        return min(found, _MOST_LAYERS)
 
     def number(self, key: str, default: float, above: float = -math.inf) -> float:
         """A finite number larger than `above`."""

@@ -21,7 +21,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 def read_config(reader: ConfigReader) -> Config:
     """What config.json of a gemma3_text says."""
     reader.only("use_bidirectional_attention", False)
-    num_layers = reader.integer("num_hidden_layers")
+    num_layers = reader.num_layers()
     pattern = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
     window = reader.integer("sliding_window", 4096)
     windows = layer_windows(reader, num_layers, window, [bool((layer + 1) % pattern) for layer in range(num_layers)])

@@ -14,7 +14,7 @@ def read_config(reader: ConfigReader) -> Config:
     """What config.json of a llama says."""
     reader.only("pretraining_tp", 1)
     bias = reader.flag("attention_bias")
-    windows = (0,) * reader.integer("num_hidden_layers")
+    windows = (0,) * reader.num_layers()
     return decoder_config(reader, windows, attention_bias=bias, output_bias=bias, mlp_bias=reader.flag("mlp_bias"))
 
 

@@ -17,4 +17,4 @@ def read_config(reader: ConfigReader) -> Config:
     if not isinstance(types, list) or any(found != kind for found in types):
         reader.refuse("layer_types", "mistral's layers are all alike; alternating ones are another architecture")
     reader.only("attention_bias", False)
-    return decoder_config(reader, (window,) * reader.integer("num_hidden_layers"), kv_default=8)
+    return decoder_config(reader, (window,) * reader.num_layers(), kv_default=8)

@@ -22,7 +22,7 @@ def read_config(reader: ConfigReader) -> Config:
             reader.raw[name] = scaling | {"rope_type": "longrope" if kind in ("su", "yarn") else kind or "default"}
     window = reader.value("sliding_window")
     window = reader.integer("sliding_window") if window is not None else 0
-    return decoder_config(reader, (window,) * reader.integer("num_hidden_layers"))
+    return decoder_config(reader, (window,) * reader.num_layers())
 
 
 def build(g: GraphBuilder, w: Tensors, cfg: Config) -> None:

@@ -15,7 +15,7 @@ def read_config(reader: ConfigReader) -> Config:
 
 def upper_layers_slide(reader: ConfigReader) -> tuple[int, ...]:
     """Windows of Qwen's layers: with use_sliding_window, those from max_window_layers up have one."""
-    num_layers = reader.integer("num_hidden_layers")
+    num_layers = reader.num_layers()
     first = reader.integer("max_window_layers", 28, least=0)
     windowed = reader.flag("use_sliding_window") and reader.raw.get("sliding_window", 4096) is not None
     window = reader.integer("sliding_window", 4096) if windowed else None

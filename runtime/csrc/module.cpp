@@ -175,6 +175,8 @@ void bind_loop(nb::module_& module) {
 }  // namespace enginery
 
 NB_MODULE(_core, module) {
+    // A forked child ends with its parent's engines, which only the parent may close.
+    nanobind::set_leak_warnings(false);
     nanobind::register_exception_translator(enginery::translate);
     enginery::bind_loop(module);
     enginery::bind_kernels(module);

@@ -127,6 +127,7 @@ def test_scaled_ropes_reach_further(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"num_attention_heads": 7}, "hidden_size = 64"),
         ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope", **_LONG, "short_factor": [1.0]}}, "short_factor"),

@@ -55,6 +55,14 @@ def test_knobs_decide_the_memory(built_engine: Path) -> None:
         assert engine.model.max_model_len == 128
 
 
+@pytest.mark.parametrize(
+    "knobs", [{"max_num_batched_tokens": 999_999_999}, {"max_num_seqs": 100_000_000}, {"num_threads": 5_000_000}]
+)
+def test_knobs_beyond_the_memory_are_refused_by_name(built_engine: Path, knobs: dict[str, int]) -> None:
+    with pytest.raises(CapacityError, match="--" + next(iter(knobs)).replace("_", "-")):
+        enginery.Engine.load(built_engine, **knobs)
+
+
 def replace(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         (directory / name).unlink()
