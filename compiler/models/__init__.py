@@ -10,8 +10,9 @@ from ...engines.errors import CheckpointError
 from ..checkpoint.tensors import Checkpoint
 from ..graph.builder import GraphBuilder
 from . import gemma3_text, llama, mistral, phi3, qwen2, qwen3
-from .config import Config, ConfigReader
+from .config import Config
 from .layers import Tensors
+from .reader import ConfigReader
 
 
 @dataclass(frozen=True)

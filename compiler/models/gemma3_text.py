@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from ..checkpoint.weights import Weight
 from ..graph.builder import GraphBuilder
-from .config import Config, ConfigReader, layer_windows
+from .config import Config
 from .layers import Inputs, Tensors, attention, embed, gate_and_up, gated_mlp, head, projections, step_inputs
 from .llama import decoder_config
+from .reader import ConfigReader, layer_windows
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 

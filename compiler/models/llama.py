@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..graph.builder import GraphBuilder
-from .config import Config, ConfigReader, head_geometry
+from .config import Config
 from .layers import Inputs, Tensors, attention, embed, gate_and_up, gated_mlp, head, projections, step_inputs
+from .reader import ConfigReader, head_geometry
 from .rope import read_ropes
 
 

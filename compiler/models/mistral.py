@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .config import Config, ConfigReader
+from .config import Config
 from .llama import build as build
 from .llama import decoder_config
+from .reader import ConfigReader
 
 
 def read_config(reader: ConfigReader) -> Config:

@@ -6,9 +6,10 @@ import onnx_ir as ir
 
 from ..checkpoint.weights import Weight
 from ..graph.builder import GraphBuilder
-from .config import Config, ConfigReader
+from .config import Config
 from .layers import Inputs, Tensors, attention, embed, gated_mlp, head, step_inputs
 from .llama import decoder_config
+from .reader import ConfigReader
 
 
 def read_config(reader: ConfigReader) -> Config:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .config import Config, ConfigReader, layer_windows
+from .config import Config
 from .llama import build as build
 from .llama import decoder_config
+from .reader import ConfigReader, layer_windows
 
 
 def read_config(reader: ConfigReader) -> Config:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..graph.builder import GraphBuilder
-from .config import Config, ConfigReader
+from .config import Config
 from .layers import Tensors
 from .llama import build as build_decoder
 from .llama import decoder_config
 from .qwen2 import upper_layers_slide
+from .reader import ConfigReader
 
 
 def read_config(reader: ConfigReader) -> Config:

@@ -8,21 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .config import ConfigReader
+from .reader import ConfigReader, is_number
 
 Frequencies = NDArray[np.float64]
-_LARGEST = 3e38  # that float32 holds
-
-
-def is_number(value: object) -> bool:
-    """True for a finite JSON number that float32 holds."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 @dataclass(frozen=True)
