@@ -54,7 +54,9 @@ def serve(
     loading = _start_loading(directory, config)
     from .server.state import ServerState
 
-    state = ServerState(served_model_names=served_model_names, api_keys=api_keys)
+    # Clients of vLLM call a model what the server was started with.
+    aliases = () if served_model_names else (str(directory), directory.name)
+    state = ServerState(served_model_names=served_model_names, aliases=aliases, api_keys=api_keys)
     with asyncio.Runner() as runner:
         status = runner.run(_Service(state, listener, loading, shutdown_timeout).run())
     if not loading.done():

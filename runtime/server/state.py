@@ -14,12 +14,16 @@ from .errors import ApiError
 
 @dataclass
 class ServerState:
-    """phase: "loading", "ready", "draining" or "failed", and why; in_flight: requests that are being answered."""
+    """phase: "loading", "ready", "draining" or "failed", and why; in_flight: requests that are being answered.
+
+    aliases: names that requests may use too, but that are not listed.
+    """
 
     engine: Engine | None = None
     phase: str = "loading"
     reason: str = ""
     served_model_names: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     largest_body_bytes: int = 32 << 20
     created: int = field(default_factory=lambda: int(time.time()))
@@ -69,7 +73,7 @@ class ServerState:
             return self.served_model_names[0]
         if not isinstance(name, str):
             raise ApiError(400, "model must be text.", param="model", code="invalid_value")
-        if name not in self.served_model_names:
+        if name not in (*self.served_model_names, *self.aliases):
             served = ", ".join(self.served_model_names)
             raise ApiError(
                 404,

@@ -61,6 +61,15 @@ def test_serves_and_drains(built_engine: Path) -> None:
         assert process.wait(timeout=30) == 0
 
 
+def test_answers_to_what_it_was_started_with(built_engine: Path) -> None:
+    with running(built_engine) as (_, url):
+        listed = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        for name, status in ((listed[0], 200), (str(built_engine), 200), (built_engine.name, 200), ("other", 404)):
+            body = {"model": name, "prompt": "Once", "max_tokens": 1}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == status
+        assert len(listed) == 1
+
+
 def test_ends_at_once_without_time_to_drain(built_engine: Path) -> None:
     with running(built_engine, "--shutdown-timeout", "0") as (process, url):
         body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
