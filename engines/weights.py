@@ -7,7 +7,6 @@ the header against the file and never touches the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,14 +157,3 @@ def _require_tiling(spans: list[tuple[int, int]], start: int, size: int, path: P
         raise EngineFormatError(
             f"{path}: {size} bytes, but its tensors end at byte {position}. Copy or build it again."
         )
-
-
-def iterate_padding(file: WeightsFile) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of the file's parts that are neither header nor tensor: what a writer leaves zero."""
-    position = len(file.header)
-    for placed in sorted(file.placed.values(), key=lambda item: item.offset):
-        if placed.offset > position:
-            yield position, placed.offset - position
-        position = placed.offset + placed.tensor.num_bytes
-    if file.size > position:
-        yield position, file.size - position
