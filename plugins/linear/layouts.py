@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...engines.layouts import COLUMN_PADDING, LAYOUTS, ROW_PADDING, padded_columns, padded_rows
+from ...engines.layouts import COLUMN_PADDING, ROW_PADDING, padded_columns, padded_rows
 
 Array = NDArray[Any]
 
@@ -25,11 +25,6 @@ def pad_matrix(w: Array) -> Array:
 def pad_vector(v: Array) -> Array:
     """[N] -> [Np], with zeros: the layouts scale_f32, sum_i32 and bias_f32."""
     return np.pad(v, (0, padded_rows(len(v)) - len(v)))
-
-
-def layout_bytes(layout: str, n: int, k: int) -> int:
-    """Bytes of an [n, k] tensor in `layout`; of a vector, k is 1."""
-    return LAYOUTS[layout].num_bytes(n, k)
 
 
 def pack_f32_k1n16(w: NDArray[np.float32]) -> NDArray[np.float32]:

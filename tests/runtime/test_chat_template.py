@@ -10,7 +10,7 @@ import pytest
 from enginery.engines.errors import RequestError
 from enginery.runtime.chat_template import ChatTemplate, read_chat_template
 
-TEMPLATES = Path("/work/shared/data/templates")
+TEMPLATES = Path(__file__).resolve().parents[3] / "shared" / "data" / "templates"
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one question": [{"role": "user", "content": "Why is the sky blue?"}],
     "system": [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "  Hi\n"}],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-SHARED = Path("/work/shared/data/tokenizers")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizers"
 
 
 def test_bos_comes_from_the_post_processor(sentencepiece: Tokenizer) -> None:
