@@ -56,6 +56,8 @@ build() {
     fi
     say "installing the checkout (its C++ takes minutes the first time)"
     .venv/bin/python -m pip install -qq --no-build-isolation -e ".[compiler,demo]"
+    # As pip does for what is not editable: where Python may not write bytecode, every start would compile us anew.
+    .venv/bin/python -m compileall -q __init__.py engines plugins compiler runtime
     touch .venv/built
 }
 

@@ -18,6 +18,7 @@ from ..engines.errors import EngineryError
 from ..engines.precisions import KV_CACHE_DTYPES, PRECISIONS
 from ..engines.sizes import format_bytes, parse_bytes
 from ..engines.targets import TARGETS
+from .startup import import_onnx_ir
 
 if TYPE_CHECKING:
     from .build import BuildRequest, Prepared
@@ -67,6 +68,7 @@ def build_engine(
         raise click.UsageError("Missing option '-o' / '--output': the directory of the engine.")
     # A build is short and leaves no cycles worth looking for: collecting would cost a fifth of a small one's time.
     gc.disable()
+    import_onnx_ir()
     from .build import BuildRequest
 
     request = BuildRequest(

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 
 from ..engines.errors import CheckpointError
 from ..engines.layouts import LAYOUTS, ROW_PADDING, padded_columns, padded_rows, round_up
-from ..engines.manifest import FileEntry, GrowingFile
+from ..engines.manifest import CHUNK_BYTES, FileEntry, RunningHash
 from ..engines.weights import WeightsFile, lay_out
 from ..plugins.linear.layouts import interleave_gated, pad_vector
 from .checkpoint.tensors import ELEMENT_BYTES
 from .checkpoint.weights import Weight
 from .lower.tensors import Job, TensorJobs
+from .pack import find_packer
 
-# Source bytes of one step: large enough for fast reads and writes, small beside any model.
-_CHUNK_BYTES = 8 << 20
+# Source bytes of one step: what a core's cache holds, so that packing, writing and hashing find it there.
+_CHUNK_BYTES = 1 << 20
+_BUFFERS = 3
 
 Progress = Callable[[int], None]
 
@@ -39,42 +41,48 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
     layout = weights_layout(jobs)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
+        with _Writer(descriptor, layout, num_threads, progress) as writer:
+            for job in jobs.jobs.values():
+                writer.write(job)
         os.truncate(descriptor, layout.size)
-        growing = GrowingFile(path)
-        try:
-            _write_at(descriptor, memoryview(layout.header), 0)
-            with _Writer(descriptor, layout, num_threads, progress, growing) as writer:
-                for job in jobs.jobs.values():
-                    writer.write(job)
-            growing.advance(layout.size)
-        finally:
-            growing.close()
-        return growing.finish("weights", "safetensors", rank)
     finally:
         os.close(descriptor)
+    return FileEntry("weights", "safetensors", layout.size, writer.whole.digests()[0], writer.chunks.digests(), rank)
 
 
 class _Writer:
-    """Packs one tensor after the other into an open file."""
+    """Packs one tensor after the other into an open file, and hashes the file on the way."""
 
-    def __init__(
-        self, descriptor: int, layout: WeightsFile, num_threads: int, progress: Progress, growing: GrowingFile
-    ) -> None:
+    def __init__(self, descriptor: int, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
+        self.whole, self.chunks = RunningHash(), RunningHash(CHUNK_BYTES)
         self._descriptor, self._layout, self._num_threads = descriptor, layout, num_threads
-        self._progress, self._growing = progress, growing
+        self._progress = progress
+        self._pack_rows = find_packer()
         self._source = np.empty(0, np.uint8)
-        # One chunk is written while the next is read and packed: two buffers take turns.
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-        self._pool = ThreadPoolExecutor(1, "enginery-write")
-        self._pending: deque[Future[None]] = deque()
+        # What is packed is written and hashed, whole and by chunks, while the next is read and packed.
+        self._buffers = [np.empty(0, np.uint8) for _ in range(_BUFFERS)]
+        self._lanes = [
+            (ThreadPoolExecutor(1, f"enginery-{name}"), consume)
+            for name, consume in (
+                ("write", self._write_at),
+                ("hash", self.whole.update),
+                ("hash-chunks", self.chunks.update),
+            )
+        ]
+        self._pending: deque[list[Future[None]]] = deque()
+        self._append(memoryview(layout.header), 0)
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._wait(0)
-        self._pool.shutdown(cancel_futures=True)
+        try:
+            if kind is None:
+                self._append(memoryview(b""), self._layout.size)
+                self._wait(0)
+        finally:
+            for executor, _consume in self._lanes:
+                executor.shutdown(cancel_futures=True)
 
     def write(self, job: Job) -> None:
         name = job.tensor.name
@@ -125,12 +133,10 @@ class _Writer:
         sums: NDArray[np.int32] | None,
     ) -> None:
         """Rows [start, stop) of `weight` into the panels of `out`; the tensor's row `first` is out's first."""
-        from ._pack import pack_rows
-
         tensor, stride = job.tensor, 2 if job.gated else 1
         panel_bytes = ROW_PADDING * padded_columns(tensor.columns) * LAYOUTS[tensor.layout].element_bytes
         begin = first + half * ROW_PADDING
-        bad = pack_rows(
+        bad = self._pack_rows(
             weight.read(start, stop, self._source),
             weight.dtype.lower(),
             stop - start,
@@ -150,26 +156,29 @@ class _Writer:
         self._append(array.data, self._layout.placed[name].offset)
 
     def _append(self, data: memoryview, offset: int) -> None:
-        """Tensors are written in the order of the file, so what lies before is final."""
-        self._wait(1)
-        self._pending.append(self._pool.submit(self._write_through, data, offset))
+        """Tensors come in the order of the file; nobody changes `data` before it is written and hashed."""
+        self._wait(_BUFFERS - 1)
+        self._pending.append([executor.submit(consume, data, offset) for executor, consume in self._lanes])
         self._progress(data.nbytes)
 
-    def _write_through(self, data: memoryview, offset: int) -> None:
-        _write_at(self._descriptor, data, offset)
-        self._growing.advance(offset + data.nbytes)
+    def _write_at(self, data: memoryview, offset: int) -> None:
+        view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
 
     def _wait(self, most: int) -> None:
-        """Waits until at most `most` writes are under way. Raises what they raised."""
+        """Waits until at most `most` buffers are under way. Raises what they raised."""
         while len(self._pending) > most:
-            self._pending.popleft().result()
+            for future in self._pending.popleft():
+                future.result()
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        self._wait(1)  # the other buffer may still be on its way, this one is not
-        self._buffers.reverse()
-        if len(self._buffers[0]) < size:
-            self._buffers[0] = np.empty(size, np.uint8)
-        return self._buffers[0][:size]
+        self._wait(_BUFFERS - 1)  # the others may still be on their way, the oldest is not
+        self._buffers.append(self._buffers.pop(0))
+        if len(self._buffers[-1]) < size:
+            self._buffers[-1] = np.empty(size, np.uint8)
+        return self._buffers[-1][:size]
 
 
 def _halves(weight: Weight) -> list[Weight]:
@@ -197,10 +206,3 @@ def _non_finite(weight: Weight, row: int, column: int, layout: str) -> Checkpoin
         f"{weight.checkpoint.directory}: {part.tensor}{place} is not a finite number (or not one in {layout}). "
         f"The checkpoint is damaged: download it again, or export it again."
     )
-
-
-def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
-    view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
-    while len(view):
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ MANIFEST = "manifest.json"
 VERSIONS = {"manifest": 0, "plan": 0, "weights": 0, "kernels": 0}
 CHUNK_BYTES = 64 << 20
 _BLOCK_BYTES = 2 << 20
+_ZEROS = bytes(64 << 10)
 # The chunks of 3 TB of weights, and the files of a thousand ranks.
 LARGEST_MANIFEST_BYTES = 4 << 20
 MOST_FILES = 4096
@@ -215,64 +214,39 @@ def _read_sha256(value: object, where: str) -> str:
 
 def hash_file(path: Path, role: str, format: str, rank: int = -1) -> FileEntry:
     """The entry of a file as it is on disk now; chunks are hashed for weights."""
-    growing = GrowingFile(path)
-    growing.advance(path.stat().st_size)
-    return growing.finish(role, format, rank)
+    whole, chunks, position = RunningHash(), RunningHash(CHUNK_BYTES), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            whole.update(block, position)
+            if role == "weights":
+                chunks.update(block, position)
+            position += len(block)
+    return FileEntry(role, format, position, whole.digests()[0], chunks.digests() if role == "weights" else (), rank)
 
 
-class GrowingFile:
-    """Hashes a file while it is written from front to back: whole in one thread, by chunks in another."""
+class RunningHash:
+    """sha256 of each `chunk_bytes` of a file that is written from front to back; what is left out is zeros."""
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._ready, self._ended = 0, False
-        self._changed = threading.Condition()
-        self._whole, self._chunks = [hashlib.sha256()], [hashlib.sha256()]
-        self._threads = [
-            threading.Thread(target=self._run, args=arguments, name="enginery-hash", daemon=True)
-            for arguments in ((self._whole, LARGEST), (self._chunks, CHUNK_BYTES))
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, chunk_bytes: int = LARGEST) -> None:
+        self._chunk_bytes, self._done, self._hashes = chunk_bytes, 0, [hashlib.sha256()]
 
-    def advance(self, position: int) -> None:
-        """Everything before `position` is written for good."""
-        with self._changed:
-            self._ready = position
-            self._changed.notify_all()
+    def update(self, data: bytes | memoryview, offset: int) -> None:
+        """`data` is what the file holds from `offset` on, which must not lie before the end of what came last."""
+        assert offset >= self._done
+        while self._done < offset:
+            self._append(memoryview(_ZEROS)[: offset - self._done])
+        self._append(memoryview(data).cast("B"))
 
-    def finish(self, role: str, format: str, rank: int = -1) -> FileEntry:
-        """The entry of the finished file; chunks are those of weights."""
-        self.close()
-        chunks = tuple(chunk.hexdigest() for chunk in self._chunks) if role == "weights" else ()
-        return FileEntry(role, format, self._ready, self._whole[0].hexdigest(), chunks, rank)
+    def digests(self) -> tuple[str, ...]:
+        """In hex, one for each chunk that has begun."""
+        return tuple(each.hexdigest() for each in self._hashes)
 
-    def close(self) -> None:
-        """Waits for what was announced to be hashed. A second call does nothing."""
-        with self._changed:
-            ended, self._ended = self._ended, True
-            self._changed.notify_all()
-        if not ended:
-            for thread in self._threads:
-                thread.join()
-            os.close(self._descriptor)
-
-    def _run(self, digests: list[Any], chunk_bytes: int) -> None:
-        """Appends a digest for each chunk that begins."""
-        buffer, done = memoryview(bytearray(_BLOCK_BYTES)), 0
-        while True:
-            with self._changed:
-                while not self._ended and self._ready <= done:
-                    self._changed.wait()
-                ready, ended = self._ready, self._ended
-            while done < ready:
-                if done == len(digests) * chunk_bytes:
-                    digests.append(hashlib.sha256())
-                room = min(ready, len(digests) * chunk_bytes) - done
-                count = os.preadv(self._descriptor, [buffer[: min(room, _BLOCK_BYTES)]], done)
-                if count == 0:
-                    return  # shorter than announced: the hash will tell
-                digests[-1].update(buffer[:count])
-                done += count
-            if ended:
-                return
+    def _append(self, view: memoryview) -> None:
+        while view:
+            room = len(self._hashes) * self._chunk_bytes - self._done
+            if room == 0:
+                self._hashes.append(hashlib.sha256())
+                continue
+            self._hashes[-1].update(view[:room])
+            self._done += min(room, len(view))
+            view = view[room:]

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from enginery.compiler._pack import pack_rows
+from enginery.compiler import _pack
+from enginery.compiler import pack as in_numpy
+from enginery.compiler.pack import PackRows, find_packer
 from enginery.engines.layouts import LAYOUTS, padded_columns, padded_rows
 from enginery.plugins.linear import layouts
 from hypothesis import given
@@ -18,6 +20,13 @@ PACKED = ["f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0"]
 ROWS = ["rows_f32.v0", "rows_bf16.v0"]
 SOURCES = ["f32", "bf16", "f16"]
 SHAPES = st.tuples(st.integers(1, 50), st.integers(1, 200))
+
+
+@pytest.fixture(scope="module", params=[_pack.pack_rows, in_numpy.pack_rows], ids=["compiled", "numpy"])
+def pack_rows(request: pytest.FixtureRequest) -> PackRows:
+    """The packer of this machine, and that of one without AVX2."""
+    packer: PackRows = request.param
+    return packer
 
 
 def weights(n: int, k: int, seed: int) -> NDArray[np.float32]:
@@ -56,7 +65,9 @@ def expected(w: NDArray[np.float32], layout: str) -> tuple[bytes, bytes, bytes]:
     return whole.tobytes(), b"", b""
 
 
-def pack(source: Array, dtype: str, n: int, k: int, layout: str, **options: Any) -> tuple[bytes, bytes, bytes]:
+def pack(
+    pack_rows: PackRows, source: Array, dtype: str, n: int, k: int, layout: str, **options: Any
+) -> tuple[bytes, bytes, bytes]:
     """What pack_rows writes, where there was garbage before; it must find all values finite."""
     out = np.full(LAYOUTS[layout].num_bytes(n, k), 0xAA, np.uint8)
     is_int8 = layout == "int8_k4n16.v0"
@@ -70,11 +81,11 @@ def pack(source: Array, dtype: str, n: int, k: int, layout: str, **options: Any)
 @pytest.mark.parametrize("layout", PACKED + ROWS)
 @given(shape=SHAPES, seed=st.integers(0, 1000), add=st.sampled_from([0.0, 1.0]), num_threads=st.integers(1, 4))
 def test_packer_equals_numpy(
-    dtype: str, layout: str, shape: tuple[int, int], seed: int, add: float, num_threads: int
+    pack_rows: PackRows, dtype: str, layout: str, shape: tuple[int, int], seed: int, add: float, num_threads: int
 ) -> None:
     source, w = stored(weights(*shape, seed), dtype)
     wanted = expected(w + np.float32(add) if add else w, layout)
-    assert pack(source, dtype, *shape, layout, add=add, num_threads=num_threads) == wanted
+    assert pack(pack_rows, source, dtype, *shape, layout, add=add, num_threads=num_threads) == wanted
 
 
 @given(shape=SHAPES, seed=st.integers(0, 1000))
@@ -88,12 +99,12 @@ def test_unpack_restores_what_was_packed(shape: tuple[int, int], seed: int) -> N
 
 
 @pytest.mark.parametrize(("layout", "columns"), [("f32_k1n16.v0", 1), ("bf16_k2n16.v0", 2), ("int8_k4n16.v0", 4)])
-def test_element_lies_where_the_format_says(layout: str, columns: int) -> None:
+def test_element_lies_where_the_format_says(pack_rows: PackRows, layout: str, columns: int) -> None:
     n, k = 35, 70
     for row, column in [(0, 0), (15, 3), (16, 1), (34, 69), (20, 64)]:
         w = np.zeros((n, k), np.float32)
         w[row, column] = 1.0
-        data, _, _ = pack(w.view(np.uint8), "f32", n, k, layout)
+        data, _, _ = pack(pack_rows, w.view(np.uint8), "f32", n, k, layout)
         elements = np.frombuffer(data, np.uint8).reshape(-1, LAYOUTS[layout].element_bytes)
         panel = row // 16 * padded_columns(k) * 16
         wanted = panel + (column // columns * 16 + row % 16) * columns + column % columns
@@ -101,15 +112,17 @@ def test_element_lies_where_the_format_says(layout: str, columns: int) -> None:
 
 
 @pytest.mark.parametrize("layout", PACKED + ROWS)
-def test_pieces_equal_the_whole(layout: str) -> None:
+def test_pieces_equal_the_whole(pack_rows: PackRows, layout: str) -> None:
     n, k = 75, 130
     source, _ = stored(weights(n, k, 1), "bf16")
-    pieces = [pack(source[i:j], "bf16", j - i, k, layout) for i, j in [(0, 32), (32, 48), (48, n)]]
-    assert tuple(b"".join(parts) for parts in zip(*pieces, strict=True)) == pack(source, "bf16", n, k, layout)
+    pieces = [pack(pack_rows, source[i:j], "bf16", j - i, k, layout) for i, j in [(0, 32), (32, 48), (48, n)]]
+    assert tuple(b"".join(parts) for parts in zip(*pieces, strict=True)) == pack(
+        pack_rows, source, "bf16", n, k, layout
+    )
 
 
 @pytest.mark.parametrize("layout", PACKED)
-def test_gated_weight_interleaves_panels(layout: str) -> None:
+def test_gated_weight_interleaves_panels(pack_rows: PackRows, layout: str) -> None:
     n, k = 40, 100
     gate, up = weights(n, k, 2), weights(n, k, 3)
     half = LAYOUTS[layout].num_bytes(n, k)
@@ -139,7 +152,7 @@ def test_gated_halves_come_back(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("layout", PACKED + ROWS)
 @given(data=st.data(), shape=SHAPES, value=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_first_value_that_is_not_finite_is_found(
-    dtype: str, layout: str, data: st.DataObject, shape: tuple[int, int], value: float
+    pack_rows: PackRows, dtype: str, layout: str, data: st.DataObject, shape: tuple[int, int], value: float
 ) -> None:
     n, k = shape
     w = weights(n, k, 6)
@@ -158,7 +171,7 @@ def test_first_value_that_is_not_finite_is_found(
     assert pack_rows(source, dtype, n, k, layout, out, *vectors, num_threads=3) == min(where)
 
 
-def test_value_that_bf16_rounds_to_infinity_is_not_finite() -> None:
+def test_value_that_bf16_rounds_to_infinity_is_not_finite(pack_rows: PackRows) -> None:
     w = np.array([[0x3F800000, 0x7F7F7FFF, 0x7F7F8000]], np.uint32)  # 1, the last that is finite in bf16, the next
     out = np.zeros(LAYOUTS["bf16_k2n16.v0"].num_bytes(1, 3), np.uint8)
     assert pack_rows(w.view(np.uint8), "f32", 1, 3, "bf16_k2n16.v0", out) == 2
@@ -171,19 +184,19 @@ def test_zero_row_has_scale_and_values_zero() -> None:
     assert scale.tolist() == [0.0, np.float32(2) / np.float32(127)]
 
 
-def test_subnormal_rows_stay_in_range() -> None:
+def test_subnormal_rows_stay_in_range(pack_rows: PackRows) -> None:
     w = np.outer(np.arange(1, 400), np.array([1.0, -1.0, 0.5])) * 1.401298464324817e-45
     w = w.astype(np.float32)
     q, _ = layouts.quantize_int8(w)
     assert q.min() >= -127
-    assert pack(w.view(np.uint8), "f32", *w.shape, "int8_k4n16.v0") == expected(w, "int8_k4n16.v0")
+    assert pack(pack_rows, w.view(np.uint8), "f32", *w.shape, "int8_k4n16.v0") == expected(w, "int8_k4n16.v0")
 
 
-def test_unaligned_source() -> None:
+def test_unaligned_source(pack_rows: PackRows) -> None:
     w = weights(17, 33, 7)
     shifted = np.empty(w.nbytes + 1, np.uint8)[1:]
     shifted[:] = w.view(np.uint8).reshape(-1)
-    assert pack(shifted, "f32", 17, 33, "int8_k4n16.v0") == expected(w, "int8_k4n16.v0")
+    assert pack(pack_rows, shifted, "f32", 17, 33, "int8_k4n16.v0") == expected(w, "int8_k4n16.v0")
 
 
 @pytest.mark.parametrize(
@@ -209,9 +222,14 @@ def test_sizes_that_contradict_are_refused(changes: dict[str, Any], message: str
         "out": np.zeros(4096, np.uint8),
     }
     with pytest.raises(ValueError, match=message):
-        pack_rows(**{**arguments, **changes})
+        _pack.pack_rows(**{**arguments, **changes})
 
 
 def test_array_that_would_have_to_be_copied_is_refused() -> None:
     with pytest.raises(TypeError):
-        pack_rows(np.zeros((16, 16), np.uint8), "f32", 16, 4, "f32_k1n16.v0", np.zeros(1024, np.float32))
+        _pack.pack_rows(np.zeros((16, 16), np.uint8), "f32", 16, 4, "f32_k1n16.v0", np.zeros(1024, np.float32))
+
+
+def test_packer_is_chosen_by_the_machine() -> None:
+    assert find_packer(["sse4_2", "avx"]) is in_numpy.pack_rows
+    assert find_packer(["avx2", "fma", "f16c", "bmi2"]) is _pack.pack_rows

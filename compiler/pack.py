@@ -1,0 +1,87 @@
+"""The packer of weights: plugins/linear/pack.cpp where the machine can run it, else the layouts in NumPy.
+
+Both make the same bytes; NumPy takes some fifty times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.layouts import LAYOUTS, ROW_PADDING
+from ..engines.targets import host_features
+from ..plugins.linear import layouts
+
+PackRows = Callable[..., int]
+# What pack.cpp is compiled for.
+_FEATURES = ("avx2", "fma", "f16c", "bmi2")
+
+
+def find_packer(features: list[str] | None = None) -> PackRows:
+    """pack_rows for a machine with these CPU features, by default this machine."""
+    if set(_FEATURES) <= set(host_features() if features is None else features):
+        from ._pack import pack_rows as compiled
+
+        return compiled
+    return pack_rows
+
+
+def pack_rows(
+    source: NDArray[np.uint8],
+    source_dtype: str,
+    n: int,
+    k: int,
+    layout: str,
+    out: NDArray[np.uint8],
+    scale: NDArray[np.float32] | None = None,
+    sums: NDArray[np.int32] | None = None,
+    *,
+    add: float = 0.0,
+    panel_stride: int = 1,
+    num_threads: int = 1,
+) -> int:
+    """Packs `n` stored rows of `k` values, each plus `add`, into `out`: panel p at p · panel_stride panels.
+
+    scale and sums: of int8, [16] of panel p at p · panel_stride · 16. Returns the least row · k + column whose value is
+    not finite in the layout, or -1; where there is one, what is written means nothing. num_threads: as pack.cpp has it.
+    """
+    values = _values(source, source_dtype, add).reshape(n, k)
+    limit = 0x7F7F8000 if "bf16" in layout else 0x7F800000  # bf16 rounds the last f32 values to infinity
+    finite = (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)) < limit
+    if not finite.all():
+        return int(np.argmin(finite))
+    if not LAYOUTS[layout].padded:
+        rows = layouts.to_bf16(values) if layout == "rows_bf16.v0" else values
+        out[: rows.nbytes] = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+        return -1
+    if layout == "int8_k4n16.v0":
+        assert scale is not None
+        assert sums is not None
+        quantized, scales = layouts.quantize_int8(values)
+        _place(layouts.pad_vector(scales).reshape(-1, ROW_PADDING), scale, panel_stride)
+        _place(layouts.pad_vector(layouts.row_sums(quantized)).reshape(-1, ROW_PADDING), sums, panel_stride)
+        packed: NDArray[Any] = layouts.pack_int8_k4n16(quantized)
+    else:
+        pack = {"f32_k1n16.v0": layouts.pack_f32_k1n16, "bf16_k2n16.v0": layouts.pack_bf16_k2n16}[layout]
+        packed = pack(values)
+    _place(packed.reshape(len(packed), -1).view(np.uint8), out, panel_stride)
+    return -1
+
+
+def _values(source: NDArray[np.uint8], dtype: str, add: float) -> NDArray[np.float32]:
+    flat = source.reshape(-1)
+    if dtype == "bf16":
+        values = layouts.from_bf16(flat.view(np.uint16))
+    else:
+        values = flat.view(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
+    return values + np.float32(add) if add else values
+
+
+def _place(panels: NDArray[Any], out: NDArray[Any], panel_stride: int) -> None:
+    """Rows of `panels` into every panel_stride-th row of `out`."""
+    width = panels.shape[1]
+    for index, panel in enumerate(panels):
+        out[index * panel_stride * width :][:width] = panel
