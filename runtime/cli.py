@@ -81,7 +81,7 @@ def _require_text(context: click.Context, param: click.Parameter, values: tuple[
     type=click.Choice(POLICIES),
     default=EngineConfig.capacity_scheduler_policy,
     show_default=True,
-    help="Whether to admit only what surely fits, or what fits now.",
+    help="Admit what is expected to fit to its end (without max_tokens: as long as others became), or what fits now.",
 )
 @click.option("--num-threads", type=click.IntRange(1), help="Threads that compute. [default: all cores]")
 @click.option("--verify", is_flag=True, help="Hash the weights before serving, not while.")

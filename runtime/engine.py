@@ -213,6 +213,7 @@ class Engine:
         return {
             "prompt_token_ids": token_ids,
             "max_tokens": max_tokens,
+            "open_ended": params.max_tokens is None,
             "min_tokens": min(params.min_tokens, max_tokens),
             "stop_token_ids": [*ends, *(params.stop_token_ids or ())],
             "temperature": float(params.temperature),

@@ -142,6 +142,7 @@ LoopConfig read_loop_config(nb::handle values) {
     fields.required("max_num_batched_tokens", config.max_num_batched_tokens);
     fields.optional("enable_prefix_caching", config.enable_prefix_caching);
     fields.optional("capacity_scheduler_policy", config.capacity_scheduler_policy);
+    fields.optional("expected_output_tokens", config.expected_output_tokens);
     fields.optional("max_preemptions", config.max_preemptions);
     fields.optional("rope_threshold", config.rope_threshold);
     fields.optional("rope_exact", config.rope_exact);
@@ -155,6 +156,7 @@ Request read_request(nb::handle values) {
     Request request;
     fields.required("prompt_token_ids", request.prompt_token_ids);
     fields.required("max_tokens", request.max_tokens);
+    fields.optional("open_ended", request.open_ended);
     fields.optional("min_tokens", request.min_tokens);
     fields.optional("stop_token_ids", request.stop_token_ids);
     fields.optional("temperature", request.temperature);

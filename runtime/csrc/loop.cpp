@@ -39,6 +39,7 @@ SchedulerSettings scheduler_settings(const ExecutorSpec& spec, const LoopConfig&
     settings.max_num_seqs = config.max_num_seqs;
     settings.max_num_batched_tokens = config.max_num_batched_tokens;
     settings.max_rows = spec.max_rows;
+    settings.expected_output_tokens = config.expected_output_tokens;
     settings.max_preemptions = config.max_preemptions;
     return settings;
 }
@@ -332,6 +333,7 @@ void Loop::finish(Outbox::Writer& writer, Sequence& sequence, FinishReason reaso
     output.first_token_time = sequence.first_token_time;
     ++counters_.finished[static_cast<size_t>(reason)];
     if (reason == FinishReason::kError) blocks_.forget(sequence);
+    if (reason == FinishReason::kStop || reason == FinishReason::kLength) scheduler_.learn_length(sequence);
     scheduler_.remove(&sequence);
     sequences_.erase(sequence.id);
 }

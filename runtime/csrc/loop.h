@@ -31,10 +31,11 @@ struct LoopConfig {
     int32_t max_num_batched_tokens = 0;  // tokens of a step
     bool enable_prefix_caching = true;
     std::string capacity_scheduler_policy = "guaranteed_no_evict";  // or "max_utilization"
-    int32_t max_preemptions = 8;                                    // of one request, after which others give way first
-    int32_t rope_threshold = 0;  // prompts longer than this share no state with shorter ones; 0 = all share
-    bool rope_exact = false;     // and among themselves only those of one length
-    bool manual_steps = false;   // no thread: step() makes the steps, for tests
+    int32_t expected_output_tokens = 256;  // of an open-ended request, until others like it have ended
+    int32_t max_preemptions = 8;           // of one request, after which others give way first
+    int32_t rope_threshold = 0;            // prompts longer than this share no state with shorter ones; 0 = all share
+    bool rope_exact = false;               // and among themselves only those of one length
+    bool manual_steps = false;             // no thread: step() makes the steps, for tests
 };
 
 struct GroupStats {

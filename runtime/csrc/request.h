@@ -18,6 +18,7 @@ namespace enginery {
 struct Request {
     std::vector<int32_t> prompt_token_ids;
     int32_t max_tokens = 0;
+    bool open_ended = false;  // max_tokens is as many as the context holds: nobody expects that many
     int32_t min_tokens = 0;
     std::vector<int32_t> stop_token_ids;
     float temperature = 1.0F;

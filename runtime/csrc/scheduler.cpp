@@ -27,6 +27,13 @@ void Scheduler::remove(Sequence* sequence) {
     }
 }
 
+// A long one raises the estimate at once, short ones lower it by an eighth each.
+void Scheduler::learn_length(const Sequence& sequence) {
+    if (!sequence.request.open_ended) return;
+    int32_t& expected = settings_.expected_output_tokens;
+    expected = std::max(sequence.num_generated_tokens(), expected - expected / 8);
+}
+
 void Scheduler::clear() {
     waiting_.clear();
     running_.clear();
@@ -125,8 +132,10 @@ void Scheduler::admit_waiting() {
 // Tokens whose state a running sequence is promised room for.
 int32_t Scheduler::planned_length(const Sequence& sequence) const {
     const int32_t longest = sequence.max_length - 1;  // the last token's state is never needed
-    return settings_.policy == CapacityPolicy::kGuaranteedNoEvict ? longest
-                                                                  : std::min(longest, sequence.num_known_tokens() + 1);
+    const int32_t next = std::min(longest, sequence.num_known_tokens() + 1);
+    if (settings_.policy == CapacityPolicy::kMaxUtilization) return next;
+    if (!sequence.request.open_ended) return longest;
+    return std::max(next, std::min(longest, sequence.num_prompt_tokens + settings_.expected_output_tokens));
 }
 
 bool Scheduler::can_admit(Sequence& candidate, int32_t num_cached_tokens) {
@@ -191,7 +200,8 @@ void Scheduler::preempt_any() {
 }
 
 void Scheduler::preempt(size_t index) {
-    if (settings_.policy == CapacityPolicy::kGuaranteedNoEvict) {
+    if (settings_.policy == CapacityPolicy::kGuaranteedNoEvict &&
+        std::none_of(running_.begin(), running_.end(), [](const Sequence* s) { return s->request.open_ended; })) {
         throw EngineryError("internal error: a sequence that was admitted to run to its end lacks a block");
     }
     Sequence* sequence = running_[index];

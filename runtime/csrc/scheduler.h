@@ -3,6 +3,9 @@
 // Decode tokens come first, one of each sequence, then chunks of prompts in order of arrival. While a prompt waits,
 // decode leaves it a quarter of the step; while decode runs, prompts are cut into chunks of like size, so that the
 // streams that run see steady steps. Admission is first come, first served, and nobody overtakes, so nobody starves.
+//
+// A request is expected to take its max_tokens; one that is open-ended, as many as others like it took lately. If that
+// is exceeded and blocks run out, the youngest gives way, under either policy.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +19,7 @@
 namespace enginery {
 
 enum class CapacityPolicy : uint8_t {
-    kGuaranteedNoEvict,  // admits what can run to its max_tokens beside all that run
+    kGuaranteedNoEvict,  // admits what can run to its expected end beside all that run
     kMaxUtilization,     // admits while blocks last; the youngest gives way and is computed again later
 };
 
@@ -25,7 +28,8 @@ struct SchedulerSettings {
     int32_t max_num_batched_tokens = 0;
     int32_t max_rows = 0;
     CapacityPolicy policy = CapacityPolicy::kGuaranteedNoEvict;
-    int32_t max_preemptions = 8;  // of one request; then it gives way only when nothing else could run
+    int32_t expected_output_tokens = 256;  // of an open-ended request; learned from then on
+    int32_t max_preemptions = 8;           // of one request; then it gives way only when nothing else could run
 };
 
 // The next num_tokens tokens of a sequence.
@@ -54,6 +58,9 @@ class Scheduler {
 
     // Takes a sequence out, whatever its state, and frees its blocks.
     void remove(Sequence* sequence);
+
+    // Learns from a sequence that came to its end how long open-ended ones become.
+    void learn_length(const Sequence& sequence);
 
     // Forgets everything, blocks included: after a broken invariant.
     void clear();

@@ -110,6 +110,7 @@ requests = st.fixed_dictionaries(
         "stem_tokens": st.integers(1, 20),
         "tail": st.lists(st.integers(0, VOCAB - 1), max_size=4),
         "max_tokens": st.integers(1, 12),
+        "open_ended": st.booleans(),
         "temperature": st.sampled_from([0.0, 0.0, 1.0]),
         "prompt_logprobs": st.sampled_from([-1, -1, -1, 0, 2]),
         "logprobs": st.sampled_from([-1, 1]),
@@ -130,6 +131,7 @@ machines = st.fixed_dictionaries(
         "max_num_batched_tokens": st.integers(1, 12),
         "enable_prefix_caching": st.booleans(),
         "max_preemptions": st.integers(0, 3),
+        "expected_output_tokens": st.integers(0, 12),
     }
 )
 
@@ -195,7 +197,8 @@ def check_schedule(windows: tuple[int, ...], policy: str, machine: dict[str, Any
     stats = core.stats()
     assert stats["internal_error"] is None
     assert [group["used_blocks"] for group in stats["groups"]] == [0] * len(windows)
-    assert policy == "max_utilization" or stats["num_preemptions"] == 0
+    may_preempt = policy == "max_utilization" or any(values["open_ended"] for values in submitted.values())
+    assert may_preempt or stats["num_preemptions"] == 0
     core.close()
 
     for request_id, values in submitted.items():
@@ -337,3 +340,32 @@ def test_guaranteed_no_evict_sets_blocks_aside_for_the_whole_output() -> None:
     assert (core.stats()["num_running"], core.stats()["num_waiting"]) == (2, 1)
     while core.step():
         assert core.stats()["num_preemptions"] == 0
+
+
+def test_an_open_ended_request_is_expected_to_take_what_others_took() -> None:
+    core = Core(
+        spec_of((0,), 1, [38]),
+        config_of(enable_prefix_caching=False, expected_output_tokens=4, max_model_len=30),
+        "null",
+    )
+    request = {"prompt_token_ids": [1] * 4, "max_tokens": 26, "open_ended": True}
+
+    def running_together() -> int:
+        for index in range(5):
+            core.submit({**request, "prompt_token_ids": [index] * 4})
+        core.step()
+        together: int = core.stats()["num_running"]
+        while core.step():
+            pass
+        assert {output.finish_reason for output in core.wait(0)} == {"length"}
+        return together
+
+    # 38 blocks: four of 4 + 4 tokens; then, since all took 26, one of 30.
+    assert running_together() == 4
+    assert core.stats()["num_preemptions"] > 0, "the estimate was too low, so some gave way"
+    assert running_together() == 1
+    for _ in range(12):  # each of a single token: 26, 23, 21, ... 6
+        core.submit({**request, "max_tokens": 1})
+        while core.step():
+            pass
+    assert running_together() > 1
