@@ -20,6 +20,13 @@ _HOMES = {
 }
 
 
+__all__ = ["Engine", "EngineryError", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'enginery' has no attribute {name!r}")

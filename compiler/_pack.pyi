@@ -13,18 +13,20 @@ def pack_rows(
     scale: NDArray[np.float32] | None = None,
     sums: NDArray[np.int32] | None = None,
     add: float = 0.0,
-    panel_stride: int = 1,
+    stride: int = 1,
     num_threads: int = 1,
 ) -> int:
     """Packs n rows of k columns. Returns row · k + column of the first value that is not finite in the layout, or -1.
 
     source        raw bytes [n, k], C-contiguous; source_dtype: "f32", "bf16" or "f16"
-    layout        "f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0", "rows_f32.v0" or "rows_bf16.v0"
-    out           bytes of the panels, written in place; in packed layouts panel p begins at p · panel_stride panels,
-                  the last one being filled up with zeros: row ranges of a tensor begin at multiples of 16
-    scale, sums   for int8_k4n16 only: [16 · panels], spaced as the panels are
+    layout        one of matrices or rows in engines/layouts.py
+    out           bytes, written in place. In layouts of panels, panel p begins at p · stride panels, the last one being
+                  filled up with zeros: row ranges of a tensor begin at multiples of 16. In others row r begins at
+                  r · stride rows
+    scale         for int8 and fp8 layouts only: one for each row, placed as the rows are
+    sums          for int8_k4n16 only, likewise
     add           added to every value in float32
-    panel_stride  2 for gated weights: gate into `out`, up into `out` from its second panel on
+    stride        2 for gated weights: gate into `out`, up into `out` from its second panel, or row, on
 
     Where a value is not finite, what was written means nothing. Runs without the GIL, on num_threads threads, with the
     same bytes for any number of them. Raises ValueError for sizes that contradict each other, TypeError for arrays of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from ..engines.errors import CheckpointError, CompileError
 from ..engines.manifest import MANIFEST, FileEntry, Manifest, Model, encode_manifest, hash_file
-from ..engines.plan import Plan, encode_plan
+from ..engines.plan import Plan
+from ..engines.plan_format import encode_plan
 from ..engines.precisions import KV_CACHE_DTYPES, find_kv_cache_dtype, find_precision
 from ..engines.targets import Target, find_target
 from .checkpoint.source import Source, find_checkpoint
@@ -100,13 +102,17 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
 
     Raises CheckpointError, CompileError or TargetError with all that is wrong.
     """
-    target, precision = find_target(request.target), find_precision(request.precision)
-    kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision)
+    target = find_target(request.target)
+    if target.is_cuda:
+        raise CompileError(f"target {target.name}: engines for GPUs are not built yet, only for CPUs.")
+    precision = find_precision(request.precision, target)
+    kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
     source = find_checkpoint(request.model)
     config = read_config(source.directory)
     max_model_len = _max_model_len(request, config)
     check_divisible(config, request.tensor_parallel_size)
     _require_tokenizer(source)
+    _check_documents(source)
     with open_checkpoint(source.directory) as checkpoint:
         num_parameters = sum(_num_elements(tensor.shape) for tensor in checkpoint.tensors.values())
         ranks = []
@@ -216,6 +222,20 @@ def _require_tokenizer(source: Source) -> None:
     raise CheckpointError(
         f"{source.name}: no tokenizer.json. If it has another kind of tokenizer, convert it: {convert}"
     )
+
+
+def _check_documents(source: Source) -> None:
+    """What is copied as it is must be JSON, or the server would find that out, too late. (tokenizer.json is large.)"""
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        path = source.directory / name
+        if not path.is_file():
+            continue
+        try:
+            document = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not JSON: {str(error)[:200]}. Download it again.") from None
+        if not isinstance(document, dict):
+            raise CheckpointError(f"{path}: wanted a JSON object. Download it again.")
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:

@@ -66,6 +66,8 @@ def build_engine(
     _require_extra()
     if output is None and not plan_only:
         raise click.UsageError("Missing option '-o' / '--output': the directory of the engine.")
+    if memory and not plan_only:
+        raise click.UsageError("--memory belongs to --plan: it is the memory to plan for.")
     # A build is short and leaves no cycles worth looking for: collecting would cost a fifth of a small one's time.
     gc.disable()
     import_onnx_ir()
@@ -158,11 +160,13 @@ def _print_plan(prepared: Prepared, memory_bytes: int) -> None:
         click.echo(f"{name:22} {text}")
     click.echo(f"\nIn {format_bytes(memory_bytes)} of memory:")
     if memory.largest_length(memory_bytes, 1, length) < 1:
-        click.echo(f"  nothing: weights and activations alone take {format_bytes(memory.weights + memory.activations)}")
+        alone = format_bytes(memory.weights + memory.activations)
+        click.echo(f"  nothing: weights and activations alone take {alone}", err=True)
+        sys.exit(2)
     for batch in (1, 4, 16, 64):
         if longest := memory.largest_length(memory_bytes, batch, length):
             click.echo(f"  {batch:3} x {longest:,} tokens")
-    click.echo(f"  {memory.largest_batch(memory_bytes, length):,} x {length:,} tokens, the longest")
+    click.echo(f"  {memory.largest_batch(memory_bytes, length):,} x {length:,} tokens, which is the longest context")
 
 
 def _machine_memory() -> int:

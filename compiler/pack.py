@@ -40,12 +40,12 @@ def pack_rows(
     sums: NDArray[np.int32] | None = None,
     *,
     add: float = 0.0,
-    panel_stride: int = 1,
+    stride: int = 1,
     num_threads: int = 1,
 ) -> int:
-    """Packs `n` stored rows of `k` values, each plus `add`, into `out`: panel p at p · panel_stride panels.
+    """Packs `n` stored rows of `k` values, each plus `add`, into `out`: panel p at p · stride, or row r at r · stride.
 
-    scale and sums: of int8, [16] of panel p at p · panel_stride · 16. Returns the least row · k + column whose value is
+    scale, sums: of each row, placed as the rows are. Returns the least row · k + column whose value is
     not finite in the layout, or -1; where there is one, what is written means nothing. num_threads: as pack.cpp has it.
     """
     values = _values(source, source_dtype, add).reshape(n, k)
@@ -53,21 +53,22 @@ def pack_rows(
     finite = (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)) < limit
     if not finite.all():
         return int(np.argmin(finite))
-    if not LAYOUTS[layout].padded:
-        rows = layouts.to_bf16(values) if layout == "rows_bf16.v0" else values
-        out[: rows.nbytes] = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+    if not LAYOUTS[layout].panels:
+        rows, scales = layouts.encode_rows(values, layout)
+        _place(np.ascontiguousarray(rows).view(np.uint8).reshape(n, -1), out, stride)
+        if scale is not None:
+            _place(scales.reshape(n, 1), scale, stride)
         return -1
     if layout == "int8_k4n16.v0":
         assert scale is not None
         assert sums is not None
         quantized, scales = layouts.quantize_int8(values)
-        _place(layouts.pad_vector(scales).reshape(-1, ROW_PADDING), scale, panel_stride)
-        _place(layouts.pad_vector(layouts.row_sums(quantized)).reshape(-1, ROW_PADDING), sums, panel_stride)
+        _place(layouts.pad_vector(scales).reshape(-1, ROW_PADDING), scale, stride)
+        _place(layouts.pad_vector(layouts.row_sums(quantized)).reshape(-1, ROW_PADDING), sums, stride)
         packed: NDArray[Any] = layouts.pack_int8_k4n16(quantized)
     else:
-        pack = {"f32_k1n16.v0": layouts.pack_f32_k1n16, "bf16_k2n16.v0": layouts.pack_bf16_k2n16}[layout]
-        packed = pack(values)
-    _place(packed.reshape(len(packed), -1).view(np.uint8), out, panel_stride)
+        packed = layouts.pack_bf16_k2n16(values) if layout == "bf16_k2n16.v0" else layouts.pack_f32_k1n16(values)
+    _place(packed.reshape(len(packed), -1).view(np.uint8), out, stride)
     return -1
 
 
@@ -80,8 +81,8 @@ def _values(source: NDArray[np.uint8], dtype: str, add: float) -> NDArray[np.flo
     return values + np.float32(add) if add else values
 
 
-def _place(panels: NDArray[Any], out: NDArray[Any], panel_stride: int) -> None:
-    """Rows of `panels` into every panel_stride-th row of `out`."""
+def _place(panels: NDArray[Any], out: NDArray[Any], stride: int) -> None:
+    """Rows of `panels` into every stride-th row of `out`."""
     width = panels.shape[1]
     for index, panel in enumerate(panels):
-        out[index * panel_stride * width :][:width] = panel
+        out[index * stride * width :][:width] = panel

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.errors import CheckpointError
-from ..engines.layouts import LAYOUTS, ROW_PADDING, padded_columns, padded_rows, round_up
+from ..engines.layouts import LAYOUTS, ROW_PADDING, WITH_SUMS, round_up
 from ..engines.manifest import CHUNK_BYTES, FileEntry, RunningHash
 from ..engines.weights import WeightsFile, lay_out
-from ..plugins.linear.layouts import interleave_gated, pad_vector
+from ..plugins.linear.layouts import interleave_gated, interleave_rows
 from .checkpoint.tensors import ELEMENT_BYTES
 from .checkpoint.weights import Weight
 from .lower.tensors import Job, TensorJobs
@@ -99,32 +99,33 @@ class _Writer:
         tensor, layout = job.tensor, LAYOUTS[job.tensor.layout]
         halves = _halves(weight) if job.gated else [weight]
         count, columns = halves[0].num_rows, weight.num_columns
-        row_bytes = columns * ELEMENT_BYTES[weight.dtype]
-        step = max(round_up(_CHUNK_BYTES // max(row_bytes, 1), ROW_PADDING), ROW_PADDING)
-        if len(self._source) < step * row_bytes:
-            self._source = np.empty(step * row_bytes, np.uint8)
-        scale = np.zeros(padded_rows(tensor.rows), np.float32) if tensor.layout.startswith("int8") else None
-        sums = np.zeros(padded_rows(tensor.rows), np.int32) if scale is not None else None
+        source_row = columns * ELEMENT_BYTES[weight.dtype]
+        row_bytes = round_up(columns, layout.column_padding) * layout.element_bytes
+        total = round_up(tensor.rows, layout.row_padding)
+        step = max(round_up(_CHUNK_BYTES // max(source_row, 1), ROW_PADDING), ROW_PADDING)
+        if len(self._source) < step * source_row:
+            self._source = np.empty(step * source_row, np.uint8)
+        scale = np.zeros(total, np.float32) if layout.scaled else None
+        sums = np.zeros(total, np.int32) if tensor.layout in WITH_SUMS else None
         offset = self._layout.placed[tensor.name].offset
         for start in range(0, count, step):
             stop = min(start + step, count)
-            first = start * len(halves)
-            rows = (padded_rows(stop - start) if layout.padded else stop - start) * len(halves)
-            size = rows * (padded_columns(columns) if layout.padded else columns) * layout.element_bytes
-            out = self._buffer(size)
+            first, last = start * len(halves), total if stop == count else stop * len(halves)
+            out = self._buffer((last - first) * row_bytes)
+            if stop == count and not layout.panels:
+                out[(stop - start) * len(halves) * row_bytes :] = 0
             for index, half in enumerate(halves):
-                self._pack(half, start, stop, job, out, first, index, scale, sums)
-            self._append(out.data, offset)
-            offset += size
-        if scale is not None and sums is not None:
+                self._pack(half, (start, stop), job, out, first, index, scale, sums)
+            self._append(out.data, offset + first * row_bytes)
+        if scale is not None:
             self._put(f"{tensor.name}.scale", scale)
+        if sums is not None:
             self._put(f"{tensor.name}.sum", sums)
 
     def _pack(
         self,
         weight: Weight,
-        start: int,
-        stop: int,
+        rows: tuple[int, int],
         job: Job,
         out: NDArray[np.uint8],
         first: int,
@@ -132,21 +133,22 @@ class _Writer:
         scale: NDArray[np.float32] | None,
         sums: NDArray[np.int32] | None,
     ) -> None:
-        """Rows [start, stop) of `weight` into the panels of `out`; the tensor's row `first` is out's first."""
-        tensor, stride = job.tensor, 2 if job.gated else 1
-        panel_bytes = ROW_PADDING * padded_columns(tensor.columns) * LAYOUTS[tensor.layout].element_bytes
-        begin = first + half * ROW_PADDING
+        """Rows [start, stop) of `weight` into `out`, whose first row is the tensor's row `first`."""
+        tensor, layout = job.tensor, LAYOUTS[job.tensor.layout]
+        start, stop = rows
+        skipped = half * (ROW_PADDING if layout.panels else 1)
+        row_bytes = round_up(tensor.columns, layout.column_padding) * layout.element_bytes
         bad = self._pack_rows(
             weight.read(start, stop, self._source),
             weight.dtype.lower(),
             stop - start,
             tensor.columns,
             tensor.layout,
-            out[half * panel_bytes :],
-            None if scale is None else scale[begin:],
-            None if sums is None else sums[begin:],
+            out[skipped * row_bytes :],
+            None if scale is None else scale[first + skipped :],
+            None if sums is None else sums[first + skipped :],
             add=weight.add,
-            panel_stride=stride,
+            stride=2 if job.gated else 1,
             num_threads=self._num_threads,
         )
         if bad >= 0:
@@ -188,15 +190,14 @@ def _halves(weight: Weight) -> list[Weight]:
 
 
 def _vector(job: Job, weight: Weight) -> NDArray[np.float32]:
-    values = weight.numpy()
+    values, layout = weight.numpy(), LAYOUTS[job.tensor.layout]
     if not np.isfinite(values).all():
         raise _non_finite(weight, int(np.argmin(np.isfinite(values))), 0, job.tensor.layout)
-    if job.tensor.layout == "rows_f32.v0":
-        return np.ascontiguousarray(values)
     if job.gated:
         middle = len(values) // 2
-        return np.ascontiguousarray(interleave_gated(values[:middle], values[middle:]), np.float32)
-    return pad_vector(values)
+        interleave = interleave_gated if layout.panels else interleave_rows
+        values = interleave(values[:middle], values[middle:])
+    return np.pad(values, (0, round_up(len(values), layout.row_padding) - len(values)))
 
 
 def _non_finite(weight: Weight, row: int, column: int, layout: str) -> CheckpointError:

@@ -12,7 +12,14 @@ THREAD_SCRATCH_BYTES = 1 << 20
 SHARED_SCRATCH_BYTES = 1 << 20
 
 
-def step_limits(max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, int]:
+def step_limits(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int = 1 << 24) -> dict[str, int]:
     """The largest values of a step's variables. Rows: one for each sequence, and room for prompts that are scored."""
     tokens = max(max_num_batched_tokens, max_num_seqs)
-    return {"tokens": tokens, "rows": max_num_seqs, "sequences": max_num_seqs}
+    return {
+        "tokens": tokens,
+        "rows": max_num_seqs,
+        "sequences": max_num_seqs,
+        "decodes": max_num_seqs,
+        "tiles": tokens,
+        "max_blocks": max_blocks,
+    }

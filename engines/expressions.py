@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from .errors import EngineFormatError
 from .fields import LARGEST, describe
 
-VARIABLES = ("tokens", "rows", "sequences")
+# decodes: sequences with one token in the step; tiles: pieces of the others' tokens that attention takes at once;
+# max_blocks: blocks of the longest sequence that is served, the same in every step.
+VARIABLES = ("tokens", "rows", "sequences", "decodes", "tiles", "max_blocks")
 OPERATORS = ("+", "*", "ceil_div", "round_up", "min", "max")
 DEEPEST = 16
 

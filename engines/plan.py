@@ -1,29 +1,21 @@
 """The plan of one rank: buffers, state groups and entry points (FORMAT.md).
 
-The compiler writes it, the runtime reads it. Reading checks form; `check_bounds` checks that for the largest step the
+The compiler writes it, the runtime reads it (plan_format.py). `check_bounds` checks that for the largest step the
 runtime will make no operand reaches outside its buffer, tensor or state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
-
-import msgpack
+from dataclasses import dataclass, field
 
 from .errors import EngineFormatError
-from .expressions import VARIABLES, Expression, check_expression, evaluate
-from .fields import LARGEST, Fields, describe
+from .expressions import Expression, evaluate
+from .layouts import round_up
 
-PLAN_VERSION = 0
-LARGEST_PLAN_BYTES = 16 << 20
-# A hundred layers have a thousand calls, and each some variants.
-MOST_CALLS = 1 << 14
-STEP_INPUTS = ("token_ids", "positions", "token_sequence", "prompt_lengths", "rows", "slots", "block_table")
-BUFFER_DTYPES = ("f32", "bf16", "i8", "u8", "i32")
-STATE_DTYPES = ("f32", "bf16", "i8")
-ALIGNMENT = 64
+# Of buffers that a rank has once, and of those that every thread has.
+ALIGNMENT = 256
+_THREAD_ALIGNMENT = 64
 
 Attribute = int | float | str | bool
 
@@ -39,7 +31,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Operand:
-    """A range of bytes that a call touches. kind: buffer, weight, input or state; access: r, w or rw."""
+    """A range of bytes that an instruction touches. kind: buffer, weight, input or state; access: r, w or rw."""
 
     kind: str
     name: str
@@ -60,16 +52,87 @@ class Call:
     attributes: dict[str, Attribute]
     guard: tuple[Range, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return self.op
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number that a kernel takes by value: an i32 made of the step's variables, or an fp32."""
+
+    dtype: str
+    value: Expression | float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of the engine, run on the device when every range of its guard holds, in order of the plan.
+
+    arguments  by the kernel's names, in its order
+    region     no two launches have the same: each sees what those before it wrote
+    """
+
+    kernel: str
+    region: int
+    grid: tuple[Expression, Expression, Expression]
+    arguments: dict[str, Operand | Value]
+    guard: tuple[Range, ...] = ()
+
+    @property
+    def operands(self) -> dict[str, Operand]:
+        """The arguments that are memory."""
+        return {name: item for name, item in self.arguments.items() if isinstance(item, Operand)}
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return self.kernel
+
+
+Instruction = Call | Launch
+
+
+@dataclass(frozen=True)
+class KernelImage:
+    """Machine code of one kernel and what launching it takes.
+
+    file, symbol  the cubin among the engine's files, and the function in it
+    role          "gemm", "attention", ... (plugins/launches.py)
+    parameters    "pointer", "i32" or "fp32" of each argument; `hidden` null pointers follow
+    pdl           may start before its predecessor has ended: it waits itself
+    instruction   the tensor-core instruction that it uses, empty for none
+    """
+
+    name: str
+    file: str
+    symbol: str
+    role: str
+    arch: int
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    instruction: str
+    parameters: tuple[str, ...]
+    hidden: int = 0
+    pdl: bool = False
+
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory of a step. Buffers of one slot share bytes: the compiler knows that they never live together."""
+    """Memory of a step. Buffers of one slot share bytes: the compiler knows that they never live together.
+
+    zeroed: it is zero when the engine has been loaded, and every launch leaves it so
+    """
 
     name: str
     dtype: str
     bytes: Expression
     slot: int
     per_thread: bool = False
+    zeroed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,16 +169,18 @@ class PrefixKey:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank executes."""
+    """What one rank executes. tile_tokens: the most tokens of an attention tile, 0 where the plan wants no tiles."""
 
     rank: int
     world_size: int
     step_inputs: tuple[str, ...]
     state_groups: tuple[StateGroup, ...]
     buffers: tuple[Buffer, ...]
-    forward: tuple[Call, ...]
+    forward: tuple[Instruction, ...]
     logits: Logits
     prefix_key: PrefixKey = field(default_factory=PrefixKey)
+    kernels: tuple[KernelImage, ...] = ()
+    tile_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,16 +203,16 @@ def plan_arena(plan: Plan, limits: Mapping[str, int]) -> ArenaPlan:
     starts, position = {}, 0
     for slot in sorted(slot_bytes):
         starts[slot] = position
-        position += -(-slot_bytes[slot] // ALIGNMENT) * ALIGNMENT
+        position += round_up(slot_bytes[slot], ALIGNMENT)
     offsets = {buffer.name: 0 if buffer.per_thread else starts[buffer.slot] for buffer in plan.buffers}
-    per_thread = sum(-(-sizes[b.name] // ALIGNMENT) * ALIGNMENT for b in plan.buffers if b.per_thread)
+    per_thread = sum(round_up(sizes[b.name], _THREAD_ALIGNMENT) for b in plan.buffers if b.per_thread)
     return ArenaPlan(offsets, sizes, position, per_thread)
 
 
-def guarded_limits(call: Call, limits: Mapping[str, int]) -> dict[str, int]:
-    """The largest values of the variables under which `call` runs."""
+def guarded_limits(instruction: Instruction, limits: Mapping[str, int]) -> dict[str, int]:
+    """The largest values of the variables under which `instruction` runs."""
     largest = dict(limits)
-    for guard in call.guard:
+    for guard in instruction.guard:
         largest[guard.variable] = min(largest[guard.variable], guard.high)
     return largest
 
@@ -155,15 +220,15 @@ def guarded_limits(call: Call, limits: Mapping[str, int]) -> dict[str, int]:
 def check_bounds(plan: Plan, limits: Mapping[str, int], weight_bytes: Mapping[str, int], where: str) -> None:
     """Raises EngineFormatError where an operand names what is not there or reaches outside of it.
 
-    limits        largest tokens, rows and sequences of a step
+    limits        largest values of a step's variables
     weight_bytes  of each tensor of this rank's weights file
     """
     sizes = plan_arena(plan, limits).sizes
     groups = {group.name: group for group in plan.state_groups}
-    for index, call in enumerate(plan.forward):
-        largest = guarded_limits(call, limits)
-        for name, operand in call.operands.items():
-            place = f"{where}: call {index} ({call.op}), operand {name}"
+    for index, instruction in enumerate(plan.forward):
+        largest = guarded_limits(instruction, limits)
+        for name, operand in instruction.operands.items():
+            place = f"{where}: instruction {index} ({instruction.label}), operand {name}"
             if operand.kind == "input":
                 if operand.name not in plan.step_inputs:
                     raise EngineFormatError(f"{place}: step input {operand.name!r} is not declared by the plan.")
@@ -187,162 +252,3 @@ def check_bounds(plan: Plan, limits: Mapping[str, int], weight_bytes: Mapping[st
     rows_bytes = limits["rows"] * plan.logits.stride * 4
     if sizes.get(plan.logits.buffer, -1) < rows_bytes or plan.logits.columns > plan.logits.stride:
         raise EngineFormatError(f"{where}: logits do not fit the buffer {plan.logits.buffer!r}.")
-
-
-def encode_plan(plan: Plan) -> bytes:
-    """The plan as msgpack; the same plan gives the same bytes."""
-    document = {
-        "version": PLAN_VERSION,
-        "rank": plan.rank,
-        "world_size": plan.world_size,
-        "step_inputs": list(plan.step_inputs),
-        "prefix_key": asdict(plan.prefix_key),
-        "state_groups": [asdict(group) for group in plan.state_groups],
-        "buffers": [asdict(buffer) for buffer in plan.buffers],
-        "entry_points": {
-            "forward": {
-                "outputs": {"logits": asdict(plan.logits)},
-                "instructions": [_encode_call(call) for call in plan.forward],
-            }
-        },
-    }
-    return bytes(msgpack.packb(document))
-
-
-def _encode_call(call: Call) -> dict[str, Any]:
-    return {
-        "kind": "call",
-        "op": call.op,
-        "version": call.version,
-        "region": call.region,
-        "guard": [[guard.variable, guard.low, guard.high] for guard in call.guard],
-        "operands": {name: asdict(operand) for name, operand in call.operands.items()},
-        "attributes": call.attributes,
-    }
-
-
-def decode_plan(data: bytes, where: str) -> Plan:
-    """Reads a plan. Raises EngineFormatError naming the field that is not as FORMAT.md says."""
-    if len(data) > LARGEST_PLAN_BYTES:
-        raise EngineFormatError(f"{where}: a plan of {len(data)} bytes; at most {LARGEST_PLAN_BYTES} are allowed.")
-    try:
-        document = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise EngineFormatError(
-            f"{where}: not a msgpack map: {str(error)[:200]}. Copy or build the engine again."
-        ) from None
-    top = Fields.of(document, where)
-    if (version := top.integer("version")) > PLAN_VERSION:
-        raise EngineFormatError(
-            f"{where}: plan version {version} is newer than {PLAN_VERSION}, the newest this runtime reads. "
-            f"Upgrade enginery, or build the engine with this release."
-        )
-    top.only("version", "rank", "world_size", "step_inputs", "prefix_key", "state_groups", "buffers", "entry_points")
-    forward = top.map("entry_points").only("forward").map("forward").only("outputs", "instructions")
-    world_size = top.integer("world_size", 1, 1024)
-    prefix_key = top.map("prefix_key").only("threshold", "exact")
-    plan = Plan(
-        rank=top.integer("rank", 0, world_size - 1),
-        world_size=world_size,
-        step_inputs=tuple(top.items("step_inputs", _read_step_input)),
-        prefix_key=PrefixKey(prefix_key.integer("threshold"), prefix_key.boolean("exact")),
-        state_groups=tuple(top.items("state_groups", _read_group, most=64)),
-        buffers=tuple(top.items("buffers", _read_buffer)),
-        forward=tuple(forward.items("instructions", _read_call, most=MOST_CALLS)),
-        logits=_read_logits(forward.map("outputs").only("logits").map("logits")),
-    )
-    _require_unique([buffer.name for buffer in plan.buffers], f"{where}.buffers")
-    _require_unique([group.name for group in plan.state_groups], f"{where}.state_groups")
-    return plan
-
-
-def _require_unique(names: list[str], where: str) -> None:
-    if len(set(names)) != len(names):
-        raise EngineFormatError(f"{where}: two entries have the same name.")
-
-
-def _read_step_input(value: object, where: str) -> str:
-    if not isinstance(value, str) or value not in STEP_INPUTS:
-        raise EngineFormatError(
-            f"{where}: step input {describe(value)} is not known; this runtime provides {', '.join(STEP_INPUTS)}. "
-            f"Upgrade enginery."
-        )
-    return value
-
-
-def _read_group(value: object, where: str) -> StateGroup:
-    group = Fields.of(value, where).only(*(item.name for item in fields(StateGroup)))
-    kind = group.text("kind", ("full", "window"))
-    return StateGroup(
-        name=group.text("name"),
-        kind=kind,
-        window=group.integer("window", 1 if kind == "window" else 0, LARGEST if kind == "window" else 0),
-        layers=group.integer("layers", 1, 1 << 16),
-        block_size=group.integer("block_size", 16, 1024),
-        block_bytes=group.integer("block_bytes", 1, 1 << 40),
-        num_kv_heads=group.integer("num_kv_heads", 1, 1 << 16),
-        head_dim=group.integer("head_dim", 1, 1 << 16),
-        dtype=group.text("dtype", STATE_DTYPES),
-    )
-
-
-def _read_buffer(value: object, where: str) -> Buffer:
-    buffer = Fields.of(value, where).only(*(item.name for item in fields(Buffer)))
-    return Buffer(
-        name=buffer.text("name"),
-        dtype=buffer.text("dtype", BUFFER_DTYPES),
-        bytes=check_expression(buffer.get("bytes"), f"{where}.bytes"),
-        slot=buffer.integer("slot", 0, 1 << 16),
-        per_thread=buffer.boolean("per_thread"),
-    )
-
-
-def _read_logits(logits: Fields) -> Logits:
-    logits.only("buffer", "columns", "stride")
-    return Logits(logits.text("buffer"), logits.integer("columns", 1, 1 << 31), logits.integer("stride", 1, 1 << 31))
-
-
-def _read_call(value: object, where: str) -> Call:
-    call = Fields.of(value, where)
-    call.text("kind", ("call",))
-    call.only("kind", "op", "version", "region", "guard", "operands", "attributes")
-    operands, attributes = call.map("operands"), call.map("attributes")
-    return Call(
-        op=call.text("op"),
-        version=call.integer("version"),
-        region=call.integer("region", 0, 1 << 24),
-        operands={name: _read_operand(operands.map(name)) for name in operands.values},
-        attributes={
-            name: _read_attribute(item, f"{attributes.where}.{name}") for name, item in attributes.values.items()
-        },
-        guard=tuple(call.items("guard", _read_range, most=8)),
-    )
-
-
-def _read_operand(operand: Fields) -> Operand:
-    operand.only(*(item.name for item in fields(Operand)))
-    return Operand(
-        kind=operand.text("kind", ("buffer", "weight", "input", "state")),
-        name=operand.text("name"),
-        offset=operand.integer("offset"),
-        extent=check_expression(operand.get("extent"), f"{operand.where}.extent"),
-        access=operand.text("access", ("r", "w", "rw")),
-        layer=operand.integer("layer", -1, 1 << 16),
-    )
-
-
-def _read_attribute(value: object, where: str) -> Attribute:
-    if isinstance(value, (bool, str, float)) or (isinstance(value, int) and abs(value) <= LARGEST):
-        return value
-    raise EngineFormatError(f"{where}: wanted a number, text or boolean, got {describe(value)}.")
-
-
-def _read_range(value: object, where: str) -> Range:
-    if (
-        isinstance(value, list)
-        and len(value) == 3
-        and value[0] in VARIABLES
-        and all(isinstance(bound, int) and not isinstance(bound, bool) and 0 <= bound <= LARGEST for bound in value[1:])
-    ):
-        return Range(value[0], value[1], value[2])
-    raise EngineFormatError(f"{where}: wanted [variable, low, high], got {describe(value)}.")

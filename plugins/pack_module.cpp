@@ -21,11 +21,11 @@ using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 const std::map<std::string, SourceType> kSourceTypes = {
     {"f32", SourceType::kF32}, {"bf16", SourceType::kBf16}, {"f16", SourceType::kF16}};
 
-const std::map<std::string, PackLayout> kLayouts = {{"rows_f32.v0", PackLayout::kRowsF32},
-                                                    {"rows_bf16.v0", PackLayout::kRowsBf16},
-                                                    {"f32_k1n16.v0", PackLayout::kF32K1N16},
-                                                    {"bf16_k2n16.v0", PackLayout::kBf16K2N16},
-                                                    {"int8_k4n16.v0", PackLayout::kInt8K4N16}};
+const std::map<std::string, PackLayout> kLayouts = {
+    {"rows_f32.v0", PackLayout::kRowsF32},     {"rows_bf16.v0", PackLayout::kRowsBf16},
+    {"bf16_p128.v0", PackLayout::kBf16P128},   {"fp8_p128.v0", PackLayout::kFp8P128},
+    {"int8_p128.v0", PackLayout::kInt8P128},   {"f32_k1n16.v0", PackLayout::kF32K1N16},
+    {"bf16_k2n16.v0", PackLayout::kBf16K2N16}, {"int8_k4n16.v0", PackLayout::kInt8K4N16}};
 
 template <class T>
 T find(const std::map<std::string, T>& known, const std::string& name, const char* what) {
@@ -45,41 +45,41 @@ void check_size(const char* what, size_t got, int64_t wanted, bool exactly) {
 
 int64_t bind_pack_rows(Array<const uint8_t> source, const std::string& source_dtype, int64_t n, int64_t k,
                        const std::string& layout, Array<uint8_t> out, nb::object scale, nb::object sums, double add,
-                       int64_t panel_stride, int num_threads) {
+                       int64_t stride, int num_threads) {
     constexpr int64_t kLargest = int64_t{1} << 31;  // so that no product of sizes leaves int64
-    if (n < 1 || k < 1 || n > kLargest || k > kLargest / 64 || panel_stride < 1 || panel_stride > 64) {
-        throw std::invalid_argument("pack_rows: n, k and panel_stride must be positive and of sane size");
+    if (n < 1 || k < 1 || n > kLargest || k > kLargest / 64 || stride < 1 || stride > 64) {
+        throw std::invalid_argument("pack_rows: n, k and stride must be positive and of sane size");
     }
     PackJob job;
     job.type = find(kSourceTypes, source_dtype, "source_dtype");
     job.layout = find(kLayouts, layout, "layout");
-    if (!is_packed(job.layout) && panel_stride != 1) {
-        throw std::invalid_argument("pack_rows: only packed layouts have a panel_stride");
-    }
-    const int64_t panels = ((n + kPanelRows - 1) / kPanelRows - 1) * panel_stride + 1;
-    const int64_t bytes = panel_bytes(job.layout, k);
+    const bool in_panels = is_packed(job.layout);
+    const int64_t panels = ((n + kPanelRows - 1) / kPanelRows - 1) * stride + 1;
+    const int64_t rows = in_panels ? panels * kPanelRows : (n - 1) * stride + 1;
     check_size("source", source.size(), n * k * source_bytes(job.type), true);
-    check_size("out", out.size(), is_packed(job.layout) ? panels * bytes : bytes / kPanelRows * n, false);
+    check_size("out", out.size(), panel_bytes(job.layout, k) / kPanelRows * rows, false);
     job.source = reinterpret_cast<const std::byte*>(source.data());
     job.rows = n;
     job.columns = k;
     job.out = reinterpret_cast<std::byte*>(out.data());
     job.add = static_cast<float>(add);
-    job.panel_stride = panel_stride;
+    job.stride = stride;
     job.num_threads = num_threads;
 
-    const bool is_int8 = job.layout == PackLayout::kInt8K4N16;
-    if (scale.is_none() == is_int8 || sums.is_none() == is_int8) {
-        throw std::invalid_argument("pack_rows: scale and sums belong to int8_k4n16.v0, and to no other layout");
+    const bool has_sums = job.layout == PackLayout::kInt8K4N16;
+    if (scale.is_none() == has_scale(job.layout) || sums.is_none() == has_sums) {
+        throw std::invalid_argument("pack_rows: scale belongs to int8 and fp8 layouts, sums to int8_k4n16.v0, alone");
     }
     Array<float> scales;
     Array<int32_t> row_sums;
-    if (is_int8) {
+    if (has_scale(job.layout)) {
         scales = nb::cast<Array<float>>(scale, false);
-        row_sums = nb::cast<Array<int32_t>>(sums, false);
-        check_size("scale", scales.size(), panels * kPanelRows, false);
-        check_size("sums", row_sums.size(), panels * kPanelRows, false);
+        check_size("scale", scales.size(), rows, false);
         job.scale = scales.data();
+    }
+    if (has_sums) {
+        row_sums = nb::cast<Array<int32_t>>(sums, false);
+        check_size("sums", row_sums.size(), rows, false);
         job.sums = row_sums.data();
     }
     nb::gil_scoped_release released;
@@ -91,7 +91,7 @@ int64_t bind_pack_rows(Array<const uint8_t> source, const std::string& source_dt
 NB_MODULE(_pack, module) {
     module.def("pack_rows", &bind_pack_rows, nb::arg("source").noconvert(), nb::arg("source_dtype"), nb::arg("n"),
                nb::arg("k"), nb::arg("layout"), nb::arg("out").noconvert(), nb::arg("scale") = nb::none(),
-               nb::arg("sums") = nb::none(), nb::arg("add") = 0.0, nb::arg("panel_stride") = 1,
+               nb::arg("sums") = nb::none(), nb::arg("add") = 0.0, nb::arg("stride") = 1,
                nb::arg("num_threads") = 1);
 }
 

@@ -67,11 +67,14 @@ class StateShape:
         return each * self.world_size
 
 
-def choose_blocks(shape: StateShape, max_model_len: int, max_num_seqs: int, given_bytes: int | None) -> list[int]:
-    """Blocks of each state group. Raises CapacityError where not even one sequence fits.
+def choose_blocks(
+    shape: StateShape, max_model_len: int, max_num_seqs: int, given_bytes: int | None, activation_bytes: int = 0
+) -> list[int]:
+    """Blocks of each state group. Raises CapacityError where not even one sequence fits, or memory does not suffice.
 
-    given_bytes: the state's memory over all ranks; None takes what the sequences could need, at most a share of what
-    is free.
+    given_bytes       the state's memory over all ranks; None takes what the sequences could need, at most a share of
+                      what is free
+    activation_bytes  what steps take beside it
     """
     if not shape.groups:
         return []
@@ -80,6 +83,12 @@ def choose_blocks(shape: StateShape, max_model_len: int, max_num_seqs: int, give
     budget = given_bytes if given_bytes is not None else min(wanted, int(available_memory() * _DEFAULT_SHARE))
     if needed > budget:
         raise CapacityError(_too_small(shape, max_model_len, needed, budget, given_bytes is not None))
+    if budget + activation_bytes > (free := available_memory()):
+        raise CapacityError(
+            f"The KV cache is to have {budget} bytes ({format_bytes(budget)}) and activations take "
+            f"{format_bytes(activation_bytes)}; {format_bytes(free)} are free. Give less with "
+            f"--kv-cache-memory-bytes, or a smaller --max-num-batched-tokens or --max-num-seqs."
+        )
     return shape.largest(budget, max_num_seqs, max_model_len)
 
 

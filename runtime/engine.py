@@ -351,7 +351,7 @@ def _on_damage(owner: weakref.ref[Engine], damage: str) -> None:
 def _too_long(longest: int, found: str) -> PromptTooLong:
     return PromptTooLong(
         f"This model's maximum context length is {longest} tokens, but the prompt has {found} and leaves no room for "
-        f"an answer. Shorten it, or serve with a larger --max-model-len."
+        f"an answer. Shorten it."
     )
 
 
@@ -371,6 +371,8 @@ def _params_of_each(
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)):
+        raise RequestError(f"sampling_params must be SamplingParams, or a list of them, got {short(params)}.")
     if len(params) != count:
         raise RequestError(f"{count} prompts, but {len(params)} SamplingParams: wanted one for all, or one for each.")
     return list(params)

@@ -11,7 +11,7 @@ from typing import Any
 from ..engines.errors import EngineFormatError, faults
 from ..engines.files import read_bounded, require_regular
 from ..engines.manifest import Manifest, read_manifest
-from ..engines.plan import LARGEST_PLAN_BYTES
+from ..engines.plan_format import LARGEST_PLAN_BYTES
 from .tokenizer import LARGEST_TOKENIZER_BYTES
 
 LARGEST_BYTES = {

@@ -6,7 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..engines.defaults import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, step_limits
+from ..engines.defaults import (
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
+    SHARED_SCRATCH_BYTES,
+    THREAD_SCRATCH_BYTES,
+    step_limits,
+)
 from ..engines.manifest import VERSIONS
 from ..engines.plan import Call, Plan, Range, plan_arena
 from ..engines.sizes import format_bytes
@@ -67,8 +73,8 @@ def _memory(files: EngineFiles, ranks: list[Rank]) -> dict[str, int]:
     per_token = sum(group.block_bytes // group.block_size for group in shape.groups) * len(ranks)
     return {
         "weights": sum(rank.weights.size for rank in ranks),
-        "activations": sum(arena.arena_bytes for arena in arenas),
-        "activations_per_thread": max(arena.per_thread_bytes for arena in arenas),
+        "activations": sum(arena.arena_bytes + SHARED_SCRATCH_BYTES for arena in arenas),
+        "activations_per_thread": max(arena.per_thread_bytes + THREAD_SCRATCH_BYTES for arena in arenas),
         "state_per_token": per_token,
         "state_per_sequence": shape.sequence_bytes(files.manifest.default_max_model_len),
     }
@@ -77,7 +83,8 @@ def _memory(files: EngineFiles, ranks: list[Rank]) -> dict[str, int]:
 def _kernels(ranks: list[Rank]) -> list[dict[str, Any]]:
     counts: Counter[tuple[str, int, str]] = Counter()
     for rank in ranks:
-        counts.update((call.op, call.version, _variant(call, rank)) for call in rank.plan.forward)
+        calls = [call for call in rank.plan.forward if isinstance(call, Call)]
+        counts.update((call.op, call.version, _variant(call, rank)) for call in calls)
     return [
         {"operator": op, "version": version, "variant": variant, "calls": count}
         for (op, version, variant), count in sorted(counts.items())

@@ -10,7 +10,8 @@ from ..engines.defaults import SHARED_SCRATCH_BYTES, THREAD_SCRATCH_BYTES, step_
 from ..engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError, faults
 from ..engines.expressions import evaluate
 from ..engines.manifest import Manifest
-from ..engines.plan import Call, Operand, Plan, StateGroup, check_bounds, decode_plan, guarded_limits, plan_arena
+from ..engines.plan import Call, Operand, Plan, StateGroup, check_bounds, guarded_limits, plan_arena
+from ..engines.plan_format import decode_plan
 from ..engines.sizes import format_bytes
 from ..engines.targets import TARGETS, Target, best_target, missing_features
 from ..engines.weights import WeightsFile, read_weights_header
@@ -89,7 +90,23 @@ def read_ranks(files: EngineFiles) -> list[Rank]:
         weights_path = files.path(files.of_rank("weights", index))
         ranks.append(Rank(plan, read_weights_header(weights_path), weights_path))
     _check_agreement(manifest, [rank.plan for rank in ranks])
+    for rank in ranks:
+        _check_instructions(manifest, rank.plan)
     return ranks
+
+
+def _check_instructions(manifest: Manifest, plan: Plan) -> None:
+    """A CPU target's plan calls, and asks only for what a step on a CPU has; a CUDA target's plan launches."""
+    target = TARGETS.get(manifest.target)
+    if target is None or target.is_cuda:
+        return
+    for index, instruction in enumerate(plan.forward):
+        if not isinstance(instruction, Call):
+            raise EngineFormatError(
+                f"instruction {index}: launches {instruction.kernel}, which {target.name} cannot. Build it again."
+            )
+        if unknown := {guard.variable for guard in instruction.guard} - {"tokens", "rows", "sequences"}:
+            raise EngineFormatError(f"instruction {index}: guards {', '.join(unknown)}, which {target.name} has not.")
 
 
 def _check_agreement(manifest: Manifest, plans: list[Plan]) -> None:
@@ -123,11 +140,11 @@ def prepare_core(files: EngineFiles, ranks: list[Rank], target: Target, config: 
     for index, rank in enumerate(ranks):
         weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
         check_bounds(rank.plan, limits, weight_bytes, files.of_rank("plan", index))
-        _check_activations(rank.plan, limits, config.num_threads or 1)
         _check_work(rank, limits)
+    activations = sum(_check_activations(rank.plan, limits, config.num_threads or 1) for rank in ranks)
     plan = ranks[0].plan
     shape = StateShape(plan.state_groups, len(ranks), config.max_num_batched_tokens)
-    num_blocks = choose_blocks(shape, max_model_len, config.max_num_seqs, config.kv_cache_bytes)
+    num_blocks = choose_blocks(shape, max_model_len, config.max_num_seqs, config.kv_cache_bytes, activations)
     spec = {
         "isa": target.isa,
         "ranks": [_rank_spec(rank, limits) for rank in ranks],
@@ -174,7 +191,8 @@ def _check_baked_in(manifest: Manifest, config: EngineConfig) -> None:
             )
 
 
-def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> None:
+def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> int:
+    """Bytes of the rank's buffers and scratch. Raises CapacityError where they are absurd, or more than is free."""
     arena = plan_arena(plan, limits)
     scratch = num_threads * (arena.per_thread_bytes + THREAD_SCRATCH_BYTES) + SHARED_SCRATCH_BYTES
     most = _MOST_ACTIVATION_BYTES + limits["tokens"] * _MOST_ACTIVATION_BYTES_PER_TOKEN
@@ -191,6 +209,7 @@ def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> 
             f"{limits['rows']} sequences on {num_threads} threads; {format_bytes(free)} are free. Give a smaller "
             f"--max-num-batched-tokens, --max-num-seqs or --num-threads."
         )
+    return arena.arena_bytes + scratch
 
 
 def _check_work(rank: Rank, limits: dict[str, int]) -> None:
@@ -273,7 +292,11 @@ def _rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
             for buffer in rank.plan.buffers
         ],
         "arena_bytes": arena.arena_bytes,
-        "forward": [_call_spec(call, places, guarded_limits(call, limits)) for call in rank.plan.forward],
+        "forward": [
+            _call_spec(call, places, guarded_limits(call, limits))
+            for call in rank.plan.forward
+            if isinstance(call, Call)
+        ],
         "logits_buffer": places.buffers[rank.plan.logits.buffer],
         "logits_stride": rank.plan.logits.stride,
     }

@@ -45,7 +45,7 @@ def read_model(files: EngineFiles, max_model_len: int) -> Model:
     ends = generation if generation.get("eos_token_id") is not None else config
     where = "generation_config.json" if ends is generation else "config.json"
     return Model(
-        name=files.manifest.model.source or files.directory.resolve().name,
+        name=files.directory.resolve().name,
         vocab_size=files.manifest.model.vocab_size,
         max_model_len=max_model_len,
         stop_token_ids=_token_ids(ends.get("eos_token_id"), f"{files.path(where)}: eos_token_id"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ...engines.errors import CompileError
 from ...engines.expressions import Expression
 from ...engines.layouts import padded_columns
 from ...engines.plan import Attribute, Buffer, Call, Logits, Operand, Plan, Range
@@ -21,7 +22,7 @@ from ..models.layers import group_name
 from ..passes.options import Options
 from .memory import assign_slots
 from .state import layer_in_group, prefix_key, state_groups
-from .tensors import TensorJobs
+from .tensors import CPU_LAYOUTS, TensorJobs
 
 _PRIVATE_ROWS = 4
 _ELEMENT_BYTES = {"f32": 4, "bf16": 2, "i8": 1, "u8": 1}
@@ -62,8 +63,15 @@ class CpuLowering:
     def lower(self) -> Plan:
         """The plan of this rank."""
         for node in self.g.graph:
-            if node.outputs[0] not in self.views:
-                getattr(self, f"_{node.op_type}")(node)
+            if node.outputs[0] in self.views:
+                continue
+            method = getattr(self, f"_{node.op_type}", None)
+            if method is None:
+                raise CompileError(
+                    f"node {node.name!r}: {self.options.target.name} has no kernel for {node.op_type}, and no pass "
+                    f"makes another operator of it. Models are written in what compiler/models/layers.py offers."
+                )
+            method(node)
         output = next(value for value in self.g.graph.outputs if value.name == "logits")
         view = self.views[output]
         buffers = assign_slots(list(self.buffers.values()), self.calls, kept={view.buffer})
@@ -349,12 +357,8 @@ class CpuLowering:
         self._call("all_gather", {"x": self._read(x), "out": self._write(out)}, attributes)
         self._next_region()
 
-    def _Add(self, node: ir.Node) -> None:
-        """A residual sum that no norm follows does not occur in the architectures: refuse it as our own mistake."""
-        raise AssertionError(f"{node.name}: an Add is left")
-
 
 def lower(g: GraphBuilder, config: Config, options: Options) -> tuple[Plan, TensorJobs]:
     """The plan of this rank, and how each of its tensors is made."""
-    jobs = TensorJobs()
+    jobs = TensorJobs(CPU_LAYOUTS)
     return CpuLowering(g, config, options, jobs).lower(), jobs

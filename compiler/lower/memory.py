@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from ...engines.plan import Buffer, Call
+from ...engines.plan import Buffer, Instruction
 
 
-def assign_slots(buffers: list[Buffer], calls: list[Call], kept: set[str]) -> list[Buffer]:
+def assign_slots(buffers: list[Buffer], calls: Sequence[Instruction], kept: set[str]) -> list[Buffer]:
     """The buffers with slots, in as few bytes as a greedy choice finds; `kept` live to the end.
 
     A region runs without barriers inside, so a buffer lives from its first region to its last, both included.

@@ -8,13 +8,34 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...engines.layouts import padded_rows
+from ...engines.layouts import LAYOUTS, WITH_SUMS
 from ...engines.weights import Tensor
 from ..checkpoint.weights import Weight
 from ..graph.builder import LazyWeight, weight_of
 
-_MATRIX_LAYOUTS = {"f32": "f32_k1n16.v0", "bf16": "bf16_k2n16.v0", "int8": "int8_k4n16.v0"}
-_ROW_LAYOUTS = {"f32": "rows_f32.v0", "bf16": "rows_bf16.v0"}
+
+@dataclass(frozen=True)
+class LayoutFamily:
+    """The layouts of a kind of target. matrix, table: by precision; table: read row by row, of a head of its own."""
+
+    matrix: dict[str, str]
+    table: dict[str, str]
+    scale: str
+    bias: str
+
+
+CPU_LAYOUTS = LayoutFamily(
+    {"f32": "f32_k1n16.v0", "bf16": "bf16_k2n16.v0", "int8": "int8_k4n16.v0"},
+    {"f32": "rows_f32.v0", "bf16": "rows_bf16.v0"},
+    "scale_f32.v0",
+    "bias_f32.v0",
+)
+CUDA_LAYOUTS = LayoutFamily(
+    {"bf16": "bf16_p128.v0", "fp8": "fp8_p128.v0", "int8": "int8_p128.v0"},
+    {"bf16": "bf16_p128.v0"},
+    "scale_p128.v0",
+    "bias_p128.v0",
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +49,11 @@ class Job:
 
 
 class TensorJobs:
-    """Every tensor of a rank by name, each once."""
+    """Every tensor of a rank by name, each once, in layouts of one family."""
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: LayoutFamily) -> None:
         self.jobs: dict[str, Job] = {}
+        self._layouts = layouts
 
     def has(self, name: str) -> bool:
         """True if there is such a tensor."""
@@ -46,13 +68,15 @@ class TensorJobs:
         return self.jobs[name].tensor.rows
 
     def matrix(self, value: ir.Value, precision: str, gated: bool = False) -> str:
-        """The packed matrix of a Linear, with scales and sums for int8."""
+        """The packed matrix of a Linear, with the scales and sums of its layout."""
         weight, name = weight_of(value), value.name or ""
-        rows = 2 * padded_rows(weight.num_rows // 2) if gated else weight.num_rows
+        layout = self._layouts.matrix[precision]
+        rows = LAYOUTS[layout].gated_rows(weight.num_rows // 2) if gated else weight.num_rows
         sources = tuple(map(str, weight.parts))
-        self._add(Job(Tensor(name, _MATRIX_LAYOUTS[precision], rows, weight.num_columns, sources), weight, gated))
-        if precision == "int8":
-            self._add(Job(Tensor(f"{name}.scale", "scale_f32.v0", rows, 1), None, gated))
+        self._add(Job(Tensor(name, layout, rows, weight.num_columns, sources), weight, gated))
+        if LAYOUTS[layout].scaled:
+            self._add(Job(Tensor(f"{name}.scale", self._layouts.scale, rows, 1), None, gated))
+        if layout in WITH_SUMS:
             self._add(Job(Tensor(f"{name}.sum", "sum_i32.v0", rows, 1), None, gated))
         return name
 
@@ -63,7 +87,7 @@ class TensorJobs:
             return self.matrix(value, precision)
         weight, name = weight_of(value), value.name or ""
         tensor = Tensor(
-            name, _ROW_LAYOUTS[precision], weight.num_rows, weight.num_columns, tuple(map(str, weight.parts))
+            name, self._layouts.table[precision], weight.num_rows, weight.num_columns, tuple(map(str, weight.parts))
         )
         self._add(Job(tensor, weight))
         return name
@@ -83,8 +107,9 @@ class TensorJobs:
     def bias(self, value: ir.Value, gated: bool = False) -> str:
         """A bias, padded as its matrix is."""
         weight, name = weight_of(value), value.name or ""
-        rows = 2 * padded_rows(weight.num_rows // 2) if gated else weight.num_rows
-        self._add(Job(Tensor(name, "bias_f32.v0", rows, 1, tuple(map(str, weight.parts))), weight, gated))
+        layout = self._layouts.bias
+        rows = LAYOUTS[layout].gated_rows(weight.num_rows // 2) if gated else weight.num_rows
+        self._add(Job(Tensor(name, layout, rows, 1, tuple(map(str, weight.parts))), weight, gated))
         return name
 
     def _add(self, job: Job) -> None:

@@ -118,9 +118,16 @@ class ConfigReader:
         for key, found in self.raw.items():
             known = key in self._read or key in _HARMLESS or key.startswith("_")
             if not known and found is not None and found is not False:
-                self.refuse(key, "not known, so it cannot be honoured; if it does not change results, remove it")
+                self.refuse(key, _UNKNOWN.get(key, _UNKNOWN_KEY))
         if self.reasons:
             raise faults(CheckpointError, f"{self.path}: not implemented", self.reasons)
+
+
+_UNKNOWN_KEY = "not known, so it cannot be honoured; if it does not change results, remove it"
+_UNKNOWN = {
+    "quantization_config": "quantized checkpoints are not read yet; take the one that it was made from, and build with "
+    "--precision int8",
+}
 
 
 def _short(value: Any) -> str:

@@ -30,7 +30,7 @@ def quantize(g: GraphBuilder, options: Options) -> None:
             tied = (
                 any(is_ours(user, "Linear") for user in users(node.inputs[1])) if node.inputs[1] is not None else False
             )
-            table = activation if tied else options.precision.row_layout.split("_")[1].split(".")[0]
+            table = activation if tied else options.precision.table
             node.attributes["precision"] = ir.AttrString("precision", table)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...engines.layouts import COLUMN_PADDING, ROW_PADDING, padded_columns, padded_rows
+from ...engines.layouts import COLUMN_PADDING, LAYOUTS, ROW_PADDING, padded_columns, padded_rows, round_up
 
 Array = NDArray[Any]
 
@@ -69,6 +69,32 @@ def quantize_int8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
     return np.clip(np.rint(w / divisor), -127, 127).astype(np.int8), scale
 
 
+def quantize_fp8(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """float32 [N, K] -> e4m3 codes [N, K] and their scale [N]: w ≈ e4m3 · scale; scale is the row's absmax / 448."""
+    import ml_dtypes
+
+    w = np.asarray(w, np.float32)
+    scale = np.max(np.abs(w), axis=1) / np.float32(448)
+    divisor = np.where(scale > 0, scale, np.float32(np.inf))[:, None]
+    quotient = np.clip(w / divisor, -448, 448)
+    return quotient.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scale
+
+
+def encode_rows(w: NDArray[np.float32], layout: str) -> tuple[Array, NDArray[np.float32]]:
+    """float32 [N, K] -> rows of a layout without panels, padded along K, and their scales (of a layout that has them)."""
+    scale = np.zeros(len(w), np.float32)
+    if layout == "rows_f32.v0":
+        return w, scale
+    if layout.startswith("int8"):
+        rows, scale = quantize_int8(w)
+    elif layout.startswith("fp8"):
+        rows, scale = quantize_fp8(w)
+    else:
+        rows = to_bf16(w)
+    columns = round_up(w.shape[1], LAYOUTS[layout].column_padding)
+    return np.pad(rows, ((0, 0), (0, columns - w.shape[1]))), scale
+
+
 def row_sums(q: NDArray[np.int8]) -> NDArray[np.int32]:
     """int8 [N, K] -> the sum of each row's values [N]."""
     sums: NDArray[np.int32] = np.sum(q, axis=1, dtype=np.int32)
@@ -80,6 +106,11 @@ def interleave_gated(gate: Array, up: Array) -> Array:
     pad = [(0, padded_rows(len(gate)) - len(gate))] + [(0, 0)] * (gate.ndim - 1)
     panels = [np.pad(half, pad).reshape(-1, ROW_PADDING, *gate.shape[1:]) for half in (gate, up)]
     return np.stack(panels, axis=1).reshape(-1, *gate.shape[1:])
+
+
+def interleave_rows(gate: Array, up: Array) -> Array:
+    """Two [I, ...] -> [2 · I, ...], a row of the gate and a row of the up in turn."""
+    return np.stack([gate, up], axis=1).reshape(-1, *gate.shape[1:])
 
 
 def deinterleave_gated(gated: Array, rows: int) -> tuple[Array, Array]:

@@ -213,18 +213,52 @@ void pack_panel(const PackJob& job, Panel& panel) {
     }
 }
 
+// To the nearest e4m3, ties to even, in the low byte of each lane; |x| is at most 448 and what rounds to it.
+__m256i round_e4m3(__m256 x) {
+    const __m256i bits = magnitude(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff)));
+    const __m256i normal = _mm256_sub_epi32(_mm256_srli_epi32(rounded, 20), _mm256_set1_epi32((127 - 7) << 3));
+    // Below 2^-6 the code counts units of 2^-9, the last place of a float of this size.
+    const __m256 unit = _mm256_set1_ps(16384.0f);
+    const __m256i subnormal = _mm256_sub_epi32(_mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(bits), unit)),
+                                               _mm256_castps_si256(unit));
+    const __m256i is_subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), bits);
+    const __m256i sign =
+        _mm256_srli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(0x7fffffff), _mm256_castps_si256(x)), 24);
+    return _mm256_or_si256(_mm256_blendv_epi8(normal, subnormal, is_subnormal), sign);
+}
+
+__m256i round_int8(__m256 x) { return _mm256_max_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(-127)); }
+
+// The low half of each lane, and the low byte.
+__m128i low_words(__m256i x) {
+    const __m256i low = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
+    return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+}
+
+__m128i low_bytes(__m256i x) {
+    return _mm_packus_epi16(low_words(_mm256_and_si256(x, _mm256_set1_epi32(0xff))), _mm_setzero_si128());
+}
+
+// A row as it is, of job.columns values and so many zeros that it fills row_bytes.
 template <class Source>
-void convert_row(const PackJob& job, const Row<Source>& row, std::byte* out) {
-    const bool to_f32 = job.layout == PackLayout::kRowsF32;
-    for (int64_t column = 0; column < job.columns; column += kLanes) {
-        const auto count = static_cast<size_t>(std::min<int64_t>(job.columns - column, kLanes));
+void convert_row(const PackJob& job, const Row<Source>& row, float divisor, std::byte* out, int64_t row_bytes) {
+    const __m256 divisors = _mm256_set1_ps(divisor);
+    const int64_t element_bytes = job.layout == PackLayout::kRowsF32 ? 4 : has_scale(job.layout) ? 1 : 2;
+    for (int64_t column = 0; column * element_bytes < row_bytes; column += kLanes) {
+        const auto count = static_cast<size_t>(std::min<int64_t>(row_bytes / element_bytes - column, kLanes));
         const __m256 x = row.load_part(column);
-        const __m256i rounded = round_bf16(x);
-        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-        if (to_f32) {
+        if (job.layout == PackLayout::kRowsF32) {
             std::memcpy(out + column * 4, &x, count * 4);
-        } else {
+        } else if (element_bytes == 2) {
+            const __m128i words = low_words(round_bf16(x));
             std::memcpy(out + column * 2, &words, count * 2);
+        } else {
+            const __m256 quotient = _mm256_div_ps(x, divisors);
+            const bool is_fp8 = job.layout == PackLayout::kFp8P128;
+            const __m128i bytes = low_bytes(is_fp8 ? round_e4m3(quotient) : round_int8(quotient));
+            std::memcpy(out + column, &bytes, count);
         }
     }
 }
@@ -235,7 +269,8 @@ int64_t run_panel(const PackJob& job, int64_t index) {
     Panel panel{};
     panel.first_row = index * kPanelRows;
     panel.rows = std::min(kPanelRows, job.rows - panel.first_row);
-    panel.out = job.out + index * job.panel_stride * panel_bytes(job.layout, job.columns);
+    panel.out = job.out + index * job.stride * panel_bytes(job.layout, job.columns);
+    const float largest_code = job.layout == PackLayout::kFp8P128 ? 448.0f : 127.0f;
     float scales[kPanelRows] = {};
     for (int64_t r = 0; r < panel.rows; ++r) {
         const Row<Source> row(job, panel.first_row + r);
@@ -243,16 +278,21 @@ int64_t run_panel(const PackJob& job, int64_t index) {
         if (largest >= finite_limit(job.layout)) {
             return (panel.first_row + r) * job.columns + first_at_least(row, finite_limit(job.layout));
         }
-        scales[r] = std::bit_cast<float>(largest) / 127.0f;
+        scales[r] = std::bit_cast<float>(largest) / largest_code;
         // Divided by infinity, all values of a zero row become 0.
         panel.divisors[r] = scales[r] > 0.0f ? scales[r] : std::numeric_limits<float>::infinity();
     }
     switch (job.layout) {
         case PackLayout::kRowsF32:
         case PackLayout::kRowsBf16:
+        case PackLayout::kBf16P128:
+        case PackLayout::kFp8P128:
+        case PackLayout::kInt8P128:
             for (int64_t r = 0; r < panel.rows; ++r) {
-                convert_row(job, Row<Source>(job, panel.first_row + r),
-                            panel.out + r * panel_bytes(job.layout, job.columns) / kPanelRows);
+                const int64_t row_bytes = panel_bytes(job.layout, job.columns) / kPanelRows;
+                convert_row(job, Row<Source>(job, panel.first_row + r), panel.divisors[r],
+                            panel.out + r * job.stride * row_bytes, row_bytes);
+                if (has_scale(job.layout)) job.scale[(panel.first_row + r) * job.stride] = scales[r];
             }
             break;
         case PackLayout::kF32K1N16:
@@ -263,8 +303,8 @@ int64_t run_panel(const PackJob& job, int64_t index) {
             break;
         case PackLayout::kInt8K4N16:
             pack_panel<Source, ToInt8>(job, panel);
-            std::memcpy(job.scale + index * job.panel_stride * kPanelRows, scales, sizeof(scales));
-            std::memcpy(job.sums + index * job.panel_stride * kPanelRows, panel.sums, sizeof(panel.sums));
+            std::memcpy(job.scale + index * job.stride * kPanelRows, scales, sizeof(scales));
+            std::memcpy(job.sums + index * job.stride * kPanelRows, panel.sums, sizeof(panel.sums));
             break;
     }
     return -1;

@@ -8,7 +8,16 @@
 namespace enginery {
 
 enum class SourceType : uint8_t { kF32, kBf16, kF16 };
-enum class PackLayout : uint8_t { kRowsF32, kRowsBf16, kF32K1N16, kBf16K2N16, kInt8K4N16 };
+enum class PackLayout : uint8_t {
+    kRowsF32,
+    kRowsBf16,
+    kBf16P128,
+    kFp8P128,
+    kInt8P128,
+    kF32K1N16,
+    kBf16K2N16,
+    kInt8K4N16
+};
 
 inline constexpr int64_t kPanelRows = 16;
 
@@ -16,14 +25,24 @@ constexpr int64_t source_bytes(SourceType type) { return type == SourceType::kF3
 
 constexpr bool is_packed(PackLayout layout) { return layout >= PackLayout::kF32K1N16; }
 
+constexpr bool has_scale(PackLayout layout) {
+    return layout == PackLayout::kFp8P128 || layout == PackLayout::kInt8P128 || layout == PackLayout::kInt8K4N16;
+}
+
 // Bytes of a panel; of a layout that is not packed, of its 16 rows.
 constexpr int64_t panel_bytes(PackLayout layout, int64_t columns) {
     const int64_t padded = (columns + 63) / 64 * 64;
+    const int64_t padded_128 = (columns + 127) / 128 * 128;
     switch (layout) {
         case PackLayout::kRowsF32:
             return kPanelRows * columns * 4;
         case PackLayout::kRowsBf16:
             return kPanelRows * columns * 2;
+        case PackLayout::kBf16P128:
+            return kPanelRows * padded_128 * 2;
+        case PackLayout::kFp8P128:
+        case PackLayout::kInt8P128:
+            return kPanelRows * padded_128;
         case PackLayout::kF32K1N16:
             return kPanelRows * padded * 4;
         case PackLayout::kBf16K2N16:
@@ -40,11 +59,11 @@ struct PackJob {
     int64_t rows = 0;  // the last panel is filled up with zeros
     int64_t columns = 0;
     PackLayout layout = PackLayout::kRowsF32;
-    std::byte* out = nullptr;  // panel p at p * panel_stride * panel_bytes
-    float* scale = nullptr;    // int8 only: [16] of panel p at p * panel_stride * 16
-    int32_t* sums = nullptr;   // likewise
+    std::byte* out = nullptr;  // panel p at p * stride * panel_bytes; without panels row r at r * stride * its bytes
+    float* scale = nullptr;    // [16] of panel p at p * stride * 16, or of row r at r * stride
+    int32_t* sums = nullptr;   // of kInt8K4N16 alone, as scale
     float add = 0.0f;          // to every value, in f32, before it is rounded
-    int64_t panel_stride = 1;
+    int64_t stride = 1;        // 2 interleaves two matrices
     int num_threads = 1;
 };
 

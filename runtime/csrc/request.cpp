@@ -62,7 +62,7 @@ void check_request(const Request& request, const RequestLimits& limits) {
     faults.unless(num_prompt_tokens < limits.max_model_len,
                   "the prompt has " + std::to_string(num_prompt_tokens) +
                       " tokens; with one to generate that is more " + "than max_model_len, " +
-                      std::to_string(limits.max_model_len) + ": shorten it, or serve with a larger --max-model-len");
+                      std::to_string(limits.max_model_len) + ": shorten it");
     faults.unless(request.max_tokens >= 1,
                   "max_tokens is " + std::to_string(request.max_tokens) + ", wanted 1 or more");
     faults.range("min_tokens", request.min_tokens, 0, std::max(0, request.max_tokens));

@@ -19,7 +19,7 @@ from enginery.compiler.build import BuildRequest, build, prepare
 from enginery.compiler.cli import build_engine
 from enginery.engines.errors import CheckpointError, CompileError, EngineryError, TargetError
 from enginery.engines.manifest import MANIFEST, hash_file, read_manifest
-from enginery.engines.plan import decode_plan
+from enginery.engines.plan_format import decode_plan
 from enginery.engines.weights import read_weights_header
 from enginery.plugins.linear.layouts import deinterleave_gated, unpack_f32_k1n16
 from safetensors.torch import load_file, save_file
@@ -160,6 +160,13 @@ def _pickle(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def _garble(name: str, text: str) -> Callable[[Path], None]:
+    def damage(copy: Path) -> None:
+        (copy / name).write_text(text)
+
+    return damage
+
+
 def _no_tokenizer(directory: Path) -> None:
     (directory / "tokenizer.json").unlink()
 
@@ -188,6 +195,8 @@ def _vector(directory: Path) -> None:
         (_truncate, "truncated or damaged"),
         (_pickle, "(?s)pickles.*safetensors first: python -c"),
         (_no_tokenizer, "no tokenizer.json"),
+        (_garble("generation_config.json", "{bad"), r"generation_config.json: not JSON: .*Download it again"),
+        (_garble("tokenizer_config.json", "[]"), "tokenizer_config.json: wanted a JSON object"),
         (_misshape, r"config.json makes it \[80, 48\], the checkpoint has \[72, 48\]"),
     ],
 )
@@ -288,7 +297,7 @@ def test_the_plan_is_told_without_reading_weights(
     result = run(checkpoint, "--plan", "--memory", "64MiB", "--target", "cpu-avx512")
     assert result.exit_code == 0, result.output
     assert "state per token" in result.output
-    assert "x 256 tokens, the longest" in result.output
+    assert "x 256 tokens, which is the longest" in result.output
 
 
 def test_graphs_are_saved_for_people(checkpoint: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from enginery.engines.targets import TARGETS
 from ..tiny import CASES, logits, make_checkpoint
 
 PROMPT = [int(token) for token in np.random.default_rng(3).integers(3, 250, 61)]
-FP32 = Options(TARGETS["cpu-avx2"], find_precision("fp32"), "f32")
+AVX2 = TARGETS["cpu-avx2"]
+FP32 = Options(AVX2, find_precision("fp32", AVX2), "f32")
 
 
 def relative_error(got: Any, wanted: Any) -> float:
@@ -62,6 +63,6 @@ def test_lower_precisions_stay_near(precision: str, bound: float, tmp_path: Path
     wanted = logits(make_checkpoint("llama", tmp_path), PROMPT)
     with open_checkpoint(tmp_path) as checkpoint:
         g = build_graph(read_config(tmp_path), checkpoint)
-        run_passes(g, Options(FP32.target, find_precision(precision), "bf16"))
+        run_passes(g, Options(FP32.target, find_precision(precision, AVX2), "bf16"))
         got = evaluate(g.graph, whole_prompt_inputs(g.graph, PROMPT))["logits"]
     assert 1e-4 < relative_error(got, wanted) < bound

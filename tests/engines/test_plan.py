@@ -13,17 +13,19 @@ from enginery.engines.expressions import check_expression, evaluate
 from enginery.engines.plan import (
     Buffer,
     Call,
+    KernelImage,
+    Launch,
     Logits,
     Operand,
     Plan,
     PrefixKey,
     Range,
     StateGroup,
+    Value,
     check_bounds,
-    decode_plan,
-    encode_plan,
     plan_arena,
 )
+from enginery.engines.plan_format import decode_plan, encode_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,8 +101,27 @@ def test_logits_must_fit_their_buffer() -> None:
         check_bounds(replace(make_plan(), logits=Logits("y", 99, 101)), LIMITS, WEIGHTS, "plan")
 
 
+def with_launch() -> Plan:
+    """The plan, and a kernel on a GPU that it launches."""
+    kernel = KernelImage("k", "k.cubin", "k", "norm", 90, 4, 0, 32, 0, "", ("pointer", "i32"), hidden=2)
+    arguments = {"x": Operand("buffer", "x", 0, ["*", "tokens", 256], "rw"), "count": Value("i32", "tokens")}
+    launch = Launch("k", 1, ("tokens", 1, ["ceil_div", "decodes", 4]), arguments, (Range("tokens", 1, 4),))
+    plan = make_plan()
+    return replace(plan, forward=(*plan.forward, launch), kernels=(kernel,), tile_tokens=64)
+
+
+def test_launches_are_read_as_written() -> None:
+    assert decode_plan(encode_plan(with_launch()), "plan") == with_launch()
+    check_bounds(with_launch(), LIMITS, WEIGHTS, "plan")
+    unguarded = replace(with_launch().forward[1], guard=())
+    check_bounds(replace(with_launch(), forward=(unguarded,)), LIMITS, WEIGHTS, "plan")
+    reaching = replace(unguarded, arguments={"x": Operand("buffer", "x", 1, ["*", "tokens", 256], "rw")})
+    with pytest.raises(EngineFormatError, match=r"instruction 0 \(k\), operand x: reaches byte 2049"):
+        check_bounds(replace(with_launch(), forward=(reaching,)), LIMITS, WEIGHTS, "plan")
+
+
 def _document() -> dict[str, Any]:
-    document: dict[str, Any] = msgpack.unpackb(encode_plan(make_plan()))
+    document: dict[str, Any] = msgpack.unpackb(encode_plan(with_launch()))
     return document
 
 
@@ -114,6 +135,7 @@ def _set(path: list[Any], value: Any) -> dict[str, Any]:
 
 
 _CALL = ["entry_points", "forward", "instructions", 0]
+_LAUNCH = ["entry_points", "forward", "instructions", 1]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +155,22 @@ _CALL = ["entry_points", "forward", "instructions", 0]
         (["buffers", 1, "name"], "x", "same name"),
         (["state_groups", 0, "kind"], "recurrent", "full, window"),
         (["state_groups", 0, "block_size"], 0, "from 16"),
-        ([*_CALL, "kind"], "launch", "call"),
+        ([*_CALL, "kind"], "jump", "call, launch"),
+        ([*_CALL, "kind"], "launch", "unknown field"),
+        ([*_LAUNCH, "kernel"], "nobody", "'nobody' is not among the plan's kernels"),
+        ([*_LAUNCH, "grid"], [1, 1], "three expressions"),
+        ([*_LAUNCH, "grid", 0], "moons", "expression"),
+        ([*_LAUNCH, "arguments", "count"], {"kind": "value", "dtype": "i64", "value": 1}, "i32, fp32"),
+        ([*_LAUNCH, "arguments", "count"], {"kind": "value", "dtype": "fp32", "value": 1.0}, r"takes \(pointer, i32\)"),
+        ([*_LAUNCH, "arguments", "count"], {"kind": "value", "dtype": "fp32", "value": 1}, "a number with a point"),
+        (
+            [*_LAUNCH, "arguments", "more"],
+            {"kind": "value", "dtype": "i32", "value": 1},
+            r"gives \(pointer, i32, i32\)",
+        ),
+        (["kernels", 0, "num_warps"], 33, "from 1 to 32"),
+        (["kernels", 0, "parameters"], ["pointer"], r"takes \(pointer\)"),
+        (["kernels", 0, "parameters"], ["f64"], "pointer, i32, fp32"),
         ([*_CALL, "guard"], [["tokens", 0]], "low, high"),
         ([*_CALL, "operands", "x", "access"], "x", "r, w, rw"),
         ([*_CALL, "operands", "x", "offset"], -1, "from 0"),

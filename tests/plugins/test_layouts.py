@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from enginery.compiler import _pack
 from enginery.compiler import pack as in_numpy
 from enginery.compiler.pack import PackRows, find_packer
-from enginery.engines.layouts import LAYOUTS, padded_columns, padded_rows
+from enginery.engines.layouts import LAYOUTS, padded_columns, padded_rows, round_up
 from enginery.plugins.linear import layouts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 PACKED = ["f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0"]
 ROWS = ["rows_f32.v0", "rows_bf16.v0"]
+GPU = ["bf16_p128.v0", "fp8_p128.v0", "int8_p128.v0"]
 SOURCES = ["f32", "bf16", "f16"]
 SHAPES = st.tuples(st.integers(1, 50), st.integers(1, 200))
 
@@ -56,6 +58,11 @@ def expected(w: NDArray[np.float32], layout: str) -> tuple[bytes, bytes, bytes]:
         q, scale = layouts.quantize_int8(w)
         sums = layouts.row_sums(q)
         return tuple(x.tobytes() for x in (layouts.pack_int8_k4n16(q), *map(layouts.pad_vector, (scale, sums))))
+    if layout in GPU:
+        rows, scale = layouts.encode_rows(w, layout)
+        assert rows.shape[1] % 128 == 0
+        assert not rows[:, w.shape[1] :].any()
+        return rows.tobytes(), scale.tobytes() if LAYOUTS[layout].scaled else b"", b""
     whole = {
         "f32_k1n16.v0": layouts.pack_f32_k1n16,
         "bf16_k2n16.v0": layouts.pack_bf16_k2n16,
@@ -69,16 +76,18 @@ def pack(
     pack_rows: PackRows, source: Array, dtype: str, n: int, k: int, layout: str, **options: Any
 ) -> tuple[bytes, bytes, bytes]:
     """What pack_rows writes, where there was garbage before; it must find all values finite."""
-    out = np.full(LAYOUTS[layout].num_bytes(n, k), 0xAA, np.uint8)
-    is_int8 = layout == "int8_k4n16.v0"
-    scale = np.full(padded_rows(n), np.nan, np.float32) if is_int8 else None
-    sums = np.full(padded_rows(n), -7, np.int32) if is_int8 else None
+    rows = n if layout in GPU else padded_rows(n)
+    out = np.full(round_up(k, 128) * n * LAYOUTS[layout].element_bytes, 0xAA, np.uint8)
+    if layout not in GPU:
+        out = np.full(LAYOUTS[layout].num_bytes(n, k), 0xAA, np.uint8)
+    scale = np.full(rows, np.nan, np.float32) if LAYOUTS[layout].scaled else None
+    sums = np.full(rows, -7, np.int32) if layout == "int8_k4n16.v0" else None
     assert pack_rows(source, dtype, n, k, layout, out, scale, sums, **options) == -1
     return out.tobytes(), b"" if scale is None else scale.tobytes(), b"" if sums is None else sums.tobytes()
 
 
 @pytest.mark.parametrize("dtype", SOURCES)
-@pytest.mark.parametrize("layout", PACKED + ROWS)
+@pytest.mark.parametrize("layout", PACKED + ROWS + GPU)
 @given(shape=SHAPES, seed=st.integers(0, 1000), add=st.sampled_from([0.0, 1.0]), num_threads=st.integers(1, 4))
 def test_packer_equals_numpy(
     pack_rows: PackRows, dtype: str, layout: str, shape: tuple[int, int], seed: int, add: float, num_threads: int
@@ -132,11 +141,35 @@ def test_gated_weight_interleaves_panels(pack_rows: PackRows, layout: str) -> No
     for panel, w in enumerate((gate, up)):
         vectors = (scale[16 * panel :], sums[16 * panel :]) if is_int8 else (None, None)
         source = w.view(np.uint8)
-        assert pack_rows(source, "f32", n, k, layout, out[panel * half // 3 :], *vectors, panel_stride=2) == -1
+        assert pack_rows(source, "f32", n, k, layout, out[panel * half // 3 :], *vectors, stride=2) == -1
     matrix, scales, row_sums = expected(layouts.interleave_gated(gate, up), layout)
     assert out.tobytes() == matrix
     if is_int8:
         assert (scale.tobytes(), sums.tobytes()) == (scales, row_sums)
+
+
+@pytest.mark.parametrize("layout", GPU)
+def test_gated_weight_interleaves_rows(pack_rows: PackRows, layout: str) -> None:
+    n, k = 40, 100
+    gate, up = weights(n, k, 2), weights(n, k, 3)
+    row_bytes = 128 * LAYOUTS[layout].element_bytes
+    out, scale = np.full(2 * n * row_bytes, 0xAA, np.uint8), np.full(2 * n, np.nan, np.float32)
+    for row, w in enumerate((gate, up)):
+        scales = scale[row:] if LAYOUTS[layout].scaled else None
+        assert pack_rows(w.view(np.uint8), "f32", n, k, layout, out[row * row_bytes :], scales, stride=2) == -1
+    matrix, wanted, _ = expected(layouts.interleave_rows(gate, up), layout)
+    assert out.tobytes() == matrix
+    assert not LAYOUTS[layout].scaled or scale.tobytes() == wanted
+
+
+def test_every_fp8_code_is_rounded_to() -> None:
+    codes = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8).view(ml_dtypes.float8_e4m3fn)
+    exact = np.sort(codes.astype(np.float32))
+    middles = (exact[1:] + exact[:-1]) / 2
+    w = np.concatenate([exact, middles, np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)])[None]
+    w = np.repeat(w, 3, axis=0) * np.array([[1.0], [2.0**-20], [2.0**20]], np.float32)
+    got = pack(_pack.pack_rows, w.view(np.uint8), "f32", *w.shape, "fp8_p128.v0")
+    assert got == expected(w, "fp8_p128.v0")
 
 
 @given(rows=st.integers(1, 50), columns=st.integers(1, 5))
@@ -149,7 +182,7 @@ def test_gated_halves_come_back(rows: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", SOURCES)
-@pytest.mark.parametrize("layout", PACKED + ROWS)
+@pytest.mark.parametrize("layout", PACKED + ROWS + GPU)
 @given(data=st.data(), shape=SHAPES, value=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_first_value_that_is_not_finite_is_found(
     pack_rows: PackRows, dtype: str, layout: str, data: st.DataObject, shape: tuple[int, int], value: float
@@ -165,9 +198,9 @@ def test_first_value_that_is_not_finite_is_found(
     }[dtype]
     source.view(bits.dtype).reshape(-1)[where] = bits
     out = np.zeros(LAYOUTS[layout].num_bytes(n, k), np.uint8)
-    vectors: list[Array] = []
+    vectors: list[Array] = [np.zeros(padded_rows(n), np.float32)] if LAYOUTS[layout].scaled else []
     if layout == "int8_k4n16.v0":
-        vectors = [np.zeros(padded_rows(n), np.float32), np.zeros(padded_rows(n), np.int32)]
+        vectors += [np.zeros(padded_rows(n), np.int32)]
     assert pack_rows(source, dtype, n, k, layout, out, *vectors, num_threads=3) == min(where)
 
 
@@ -205,11 +238,10 @@ def test_unaligned_source(pack_rows: PackRows) -> None:
         ({"n": 17}, "source has 256 elements, wanted 272"),
         ({"source_dtype": "i8"}, "unknown source_dtype 'i8'"),
         ({"layout": "rows_i8.v0"}, "unknown layout 'rows_i8.v0'"),
-        ({"panel_stride": 0}, "must be positive"),
-        ({"layout": "rows_f32.v0", "panel_stride": 2}, "only packed layouts"),
+        ({"stride": 0}, "must be positive"),
         ({"out": np.zeros(4095, np.uint8)}, "out has 4095 elements, wanted at least 4096"),
-        ({"scale": np.zeros(16, np.float32)}, "scale and sums belong to int8_k4n16.v0"),
-        ({"layout": "int8_k4n16.v0"}, "scale and sums belong to int8_k4n16.v0"),
+        ({"scale": np.zeros(16, np.float32)}, "scale belongs to int8 and fp8 layouts"),
+        ({"layout": "int8_k4n16.v0"}, "scale belongs to int8 and fp8 layouts"),
     ],
 )
 def test_sizes_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:

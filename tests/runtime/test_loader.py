@@ -56,7 +56,13 @@ def test_knobs_decide_the_memory(built_engine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"max_num_batched_tokens": 999_999_999}, {"max_num_seqs": 100_000_000}, {"num_threads": 5_000_000}]
+    "knobs",
+    [
+        {"max_num_batched_tokens": 999_999_999},
+        {"max_num_seqs": 100_000_000},
+        {"num_threads": 5_000_000},
+        {"kv_cache_memory_bytes": 1 << 50},
+    ],
 )
 def test_knobs_beyond_the_memory_are_refused_by_name(built_engine: Path, knobs: dict[str, int]) -> None:
     with pytest.raises(CapacityError, match="--" + next(iter(knobs)).replace("_", "-")):

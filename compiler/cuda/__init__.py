@@ -1,0 +1,1 @@
+"""Compiling the plugins' GPU kernels to machine code, on any machine: no GPU, no driver, no torch."""

@@ -1,0 +1,63 @@
+"""How plugins say which GPU kernels there are: a Triton function made for one set of constants, and when and how it is
+launched. Nothing here needs Triton: a plan can be made without it, and the kernels are compiled afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+from ..engines.expressions import Expression
+from ..engines.plan import Range
+
+Constant = int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of plugins/<plugin>/triton.py and what it is compiled with.
+
+    role        what `enginery inspect` calls it: "gemm", "attention", "norm", "embedding", "rotary", "state", "copy"
+    parameters  the ones that a launch gives, in the order of the source: name -> Triton's type ("*bf16", "i32", "fp32")
+    constants   all others
+    pdl         it waits for its predecessor itself, so that it may be started before that has ended
+    """
+
+    plugin: str
+    function: str
+    role: str
+    parameters: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Constant], ...]
+    num_warps: int = 4
+    num_stages: int = 3
+    pdl: bool = False
+
+    @property
+    def name(self) -> str:
+        """Begins with the plugin's name; kernels that differ in anything have different names."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.plugin}_{self.function}_{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that a launch needs for itself. zeroed: it must be zero before the first launch, and each leaves it so."""
+
+    bytes: Expression
+    zeroed: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to do an operator's work: the kernel, its grid, and the guard under which it is the one.
+
+    scratch   of pointer parameters that are neither operands nor step inputs
+    values    of scalar parameters that are no variables of the step: numbers
+    """
+
+    kernel: Kernel
+    grid: tuple[Expression, Expression, Expression]
+    guard: tuple[Range, ...] = ()
+    scratch: dict[str, Scratch] = field(default_factory=dict)
+    values: dict[str, int | float] = field(default_factory=dict)

@@ -1,0 +1,113 @@
+"""Triton kernels run by Triton's interpreter on NumPy arrays: what a kernel computes, without a GPU.
+
+The interpreter of Triton 3.6 gets bfloat16 wrong: products and sums of raw bits, conversions that cut off. `repair`
+mends that. It does not see races, limits of shared memory, or the reduced precision of sm_90's fp8 accumulation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from enginery.plugins.launches import Kernel
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+
+_TYPES = {
+    np.dtype(np.float32): "fp32",
+    np.dtype(np.float16): "fp16",
+    np.dtype(ml_dtypes.bfloat16): "bf16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "fp8e4nv",
+    np.dtype(np.int8): "i8",
+    np.dtype(np.uint8): "u8",
+    np.dtype(np.int32): "i32",
+    np.dtype(np.int64): "i64",
+}
+
+
+class Pointer:
+    """A NumPy array as the interpreter wants its tensors; `type` as Triton spells it."""
+
+    def __init__(self, array: NDArray[Any], offset: int = 0) -> None:
+        assert array.flags.c_contiguous
+        self.array, self.dtype, self._offset = array, _TYPES[array.dtype], offset
+
+    def data_ptr(self) -> int:
+        """The address of its first element, after `offset` bytes."""
+        return self.array.ctypes.data + self._offset
+
+
+def launch(
+    kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, NDArray[Any] | Pointer | int | float | None]
+) -> None:
+    """Runs every program of the grid, one after the other. Arguments are changed in place."""
+    module = importlib.import_module(f"enginery.plugins.{kernel.plugin}.triton")
+    given = {}
+    for name, kind in kernel.parameters:
+        value = arguments[name]
+        if isinstance(value, np.ndarray):
+            value = Pointer(value)
+        assert not isinstance(value, Pointer) or kind == f"*{value.dtype}", f"{name}: {value.dtype} given for {kind}"
+        given[name] = value
+    unknown = set(arguments) - set(given)
+    assert not unknown, f"{kernel.name} has no parameters {unknown}"
+    getattr(module, kernel.function)[grid](**given, **dict(kernel.constants))
+
+
+def repair() -> None:
+    """Makes the interpreter's bfloat16 what a GPU's is, and lets it take NumPy arrays."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "conftest.py sets it before Triton is imported"
+    builder = interpreter.InterpreterBuilder
+    plain_binary, plain_cast, patch_tensor = builder.binary_op, builder.cast_impl, interpreter._patch_lang_tensor
+
+    def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        if left.dtype.scalar != tl.bfloat16:
+            return plain_binary(self, left, right, operation)
+        result = operation(_widen(left), _widen(right))
+        if result.dtype == np.bool_:
+            return interpreter.TensorHandle(result, tl.int1)
+        return interpreter.TensorHandle(_round(result), tl.bfloat16)
+
+    def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and wanted.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(_round(source.data), tl.bfloat16)
+        return plain_cast(self, source, wanted)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, max_num_imprecise_acc: Any) -> Any:
+        product = np.matmul(_exact(a), _exact(b)).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # NumPy 2.4 wants scalars
+
+    builder.binary_op, builder.cast_impl, builder.create_dot = binary_op, cast_impl, create_dot
+    for name in ("create_fp_trunc", "create_fp_ext"):
+        setattr(builder, name, lambda self, source, wanted: self.cast_impl(source, wanted))
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter.GridExecutor._init_args_hst = lambda self, positional, named: (list(positional), dict(named))
+    interpreter.GridExecutor._restore_args_dev = lambda self, *arguments: None
+
+
+def _widen(handle: Any) -> NDArray[np.float32]:
+    data = np.ascontiguousarray(handle.data)
+    return data.view(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _round(values: NDArray[Any]) -> NDArray[np.uint16]:
+    return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def _exact(handle: Any) -> NDArray[Any]:
+    """Values as they are multiplied: every product exact, sums in float32, of int8 in float64, which holds them."""
+    kind = handle.dtype.scalar
+    if kind == tl.bfloat16:
+        return _widen(handle)
+    if kind.is_fp8():
+        return np.ascontiguousarray(handle.data).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return handle.data.astype(np.float64 if kind == tl.int8 else np.float32)
