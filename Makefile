@@ -17,6 +17,7 @@ test-all: check  ## the heavy tests too, and the sanitizers
 	@$(python) -m pytest -q -m ""
 	@$(python) examples/demo.py
 	@ci/sanitize.sh
+	@ci/sanitize.sh thread
 
 check: .venv/tested  ## lint, formatting and types
 	@ci/check.sh
@@ -24,8 +25,9 @@ check: .venv/tested  ## lint, formatting and types
 format: .venv/tested
 	@ci/check.sh --fix
 
-sanitize: .venv/tested  ## the tests that run C++, under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: .venv/tested  ## the tests that run C++, under Address-, UndefinedBehavior- and ThreadSanitizer
 	@ci/sanitize.sh
+	@ci/sanitize.sh thread
 
 clean:  ## back to a fresh clone
 	rm -rf .venv build dist .mypy_cache .ruff_cache .hypothesis

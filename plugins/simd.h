@@ -188,11 +188,29 @@ ENGINERY_INLINE VecF zero() { return set1(0.0f); }
 // Lanes that are left of n elements from i on.
 ENGINERY_INLINE int lanes_left(int64_t n, int64_t i) { return n - i < kLanes ? static_cast<int>(n - i) : kLanes; }
 
+// Sanitizers do not see masked accesses, so they are told.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_read_range(void*, unsigned long);
+extern "C" void __tsan_write_range(void*, unsigned long);
+ENGINERY_INLINE void note_read(const float* p, int n) { __tsan_read_range(const_cast<float*>(p), 4UL * n); }
+ENGINERY_INLINE void note_write(float* p, int n) { __tsan_write_range(p, 4UL * n); }
+#elif defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_loadN(void*, unsigned long);
+extern "C" void __asan_storeN(void*, unsigned long);
+ENGINERY_INLINE void note_read(const float* p, int n) { __asan_loadN(const_cast<float*>(p), 4UL * n); }
+ENGINERY_INLINE void note_write(float* p, int n) { __asan_storeN(p, 4UL * n); }
+#else
+ENGINERY_INLINE void note_read(const float*, int) {}
+ENGINERY_INLINE void note_write(float*, int) {}
+#endif
+
 // The first `count` elements of p, zero in the other lanes, which are not read.
 ENGINERY_INLINE VecF load_part(const float* p, int count) {
+    note_read(p, count);
     return count == kLanes ? load(p) : load(p, first_lanes(count));
 }
 ENGINERY_INLINE void store_part(float* p, VecF x, int count) {
+    note_write(p, count);
     if (count == kLanes) return store(p, x);
     store(p, x, first_lanes(count));
 }

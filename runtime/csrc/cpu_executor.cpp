@@ -5,6 +5,7 @@
 #include "call_reader.h"
 #include "cpu_features.h"
 #include "errors.h"
+#include "poison.h"
 
 namespace enginery {
 
@@ -252,6 +253,7 @@ void CpuExecutor::launch(const Step& step) {
     for (Rank& rank : ranks_) {
         for (BoundCall& call : rank.calls) call.counter->store(0, std::memory_order_relaxed);
     }
+    if constexpr (kPoisons) poison(step);
     pool_.run([&](int32_t thread) { run_thread(step, thread); });
     if (failure_) std::rethrow_exception(failure_);
 }

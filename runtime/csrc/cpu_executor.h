@@ -55,6 +55,8 @@ class CpuExecutor : public Executor {
     void bind_rank(Rank& rank, size_t index, KernelTable kernels) const;
     BoundOperand bind_operand(const Rank& rank, size_t index, const OperandSpec& operand) const;
     void divide_shared_scratch(Rank& rank) const;
+    void poison(const Step& step);  // poison.cpp
+    void poison_new_blocks(const Step& step, const Rank& rank, size_t group) const;
     void run_thread(const Step& step, int32_t thread);
     void run_calls(const Step& step, const Rank& rank, int32_t thread) const;
     void fail(std::exception_ptr failure);
@@ -65,6 +67,7 @@ class CpuExecutor : public Executor {
     std::vector<Rank> ranks_;
     std::mutex failure_mutex_;
     std::exception_ptr failure_;  // what ended a step; no further one is run
+    std::byte poison_{0x7f};
 };
 
 }  // namespace enginery

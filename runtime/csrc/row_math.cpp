@@ -7,7 +7,12 @@
 
 // Chosen when the module is loaded; lanes are fixed, so every machine sums in the same order. The core is built with
 // -O2, for which g++ 12 leaves most loops scalar.
+#ifdef __SANITIZE_THREAD__
+// The choice would be instrumented too, and run before the sanitizer can be called.
+#define VECTORIZED
+#else
 #define VECTORIZED __attribute__((optimize("O3"), target_clones("avx512f", "avx2", "default")))
+#endif
 
 namespace enginery {
 namespace {
