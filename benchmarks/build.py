@@ -8,7 +8,6 @@ Pairs are run in turn; what is written is synced in both. The copy reads the che
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 from checkpoints import SHAPES, make_checkpoint
-from machine import ROOT, describe
+from machine import ROOT, save
 
 _BLOCK = 8 << 20
 
@@ -83,14 +82,12 @@ def main() -> None:
         "ratio": statistics.median(build / copy for build, copy in zip(builds, copies, strict=True)),
         "engine_bytes": size,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        "machine": describe(),
     }
     for name in ("build_s", "copy_s", "ratio"):
         print(f"{name:16} {result[name]:.2f}")
     print(f"{'engine':16} {size / 1e6:.0f} MB")
     print(f"{'peak RSS':16} {result['peak_rss_bytes'] / 1e6:.0f} MB")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.json, result)
 
 
 if __name__ == "__main__":

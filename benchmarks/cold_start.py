@@ -9,7 +9,6 @@ and exits. Told apart: the first token (what a user waits for) and the whole pro
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 from checkpoints import SHAPES, make_checkpoint
-from machine import ROOT, describe
+from machine import ROOT, save
 
 _PROGRAM = """
 import sys, time
@@ -51,12 +50,10 @@ def main() -> None:
         "precision": arguments.precision,
         "first_token_s": statistics.median(first),
         "process_s": statistics.median(whole),
-        "machine": describe(),
     }
     print(f"{'first token':16} {result['first_token_s']:.3f} s")
     print(f"{'whole process':16} {result['process_s']:.3f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.json, result)
 
 
 def built_engine(shape: str, precision: str) -> Path:

@@ -10,12 +10,13 @@ submit() to the return of the wait() that brings the first token, on an idle loo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 from enginery.runtime._core import Core
+from machine import save
 
 PROMPT_TOKENS = 64
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
     steps, step_wakes = step_times(arguments.sequences, arguments.vocab, arguments.output_tokens, arguments.repeats)
     wakes = wake_up_times(arguments.vocab, 200)
@@ -102,9 +103,7 @@ def main() -> None:
     }
     for name, value in figures.items():
         print(f"{name:28} {value}")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+    save(arguments.json, figures)
 
 
 if __name__ == "__main__":

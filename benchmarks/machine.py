@@ -10,10 +10,11 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def probe(threads: int) -> dict[str, Any]:
@@ -45,6 +46,13 @@ def describe() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "commit": _commit(),
     }
+
+
+def save(path: Path | None, result: dict[str, Any]) -> None:
+    """Writes a result, with the machine and the command that gave it, if it is wanted."""
+    if path is not None:
+        command = ["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
+        path.write_text(json.dumps(result | {"machine": describe(), "command": " ".join(command)}, indent=1) + "\n")
 
 
 def _commit() -> str:

@@ -10,7 +10,6 @@ and KV cache from DRAM and of doing its multiply-adds at the peak of their type,
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,7 +21,7 @@ import numpy as np
 from checkpoints import SHAPES
 from cold_start import built_engine
 from enginery import SamplingParams
-from machine import describe, probe
+from machine import probe, save
 
 PREFILLS = (512, 2048)
 BATCHES = (1, 8, 32)
@@ -53,9 +52,7 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:14}{rate:10.1f}{roofs[name]:10.1f}{rate / roofs[name]:10.0%}")
     result = {"shape": arguments.shape, "precision": arguments.precision, "tokens_per_s": rates, "roof": roofs}
-    if arguments.json:
-        text = json.dumps(result | {"limits_before": before, "limits_after": after, "machine": describe()}, indent=1)
-        arguments.json.write_text(text + "\n")
+    save(arguments.json, result | {"limits_before": before, "limits_after": after})
 
 
 def measure(loaded: enginery.Engine, vocab_size: int, repeats: int) -> dict[str, float]:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from .. import __version__
+from ..engines.command_line import Command
 from ..engines.errors import EngineryError
 from ..engines.precisions import KV_CACHE_DTYPES, PRECISIONS
 from ..engines.sizes import format_bytes, parse_bytes
-from ..engines.targets import TARGETS
+from ..engines.targets import target_names
 from .startup import import_onnx_ir
 
 if TYPE_CHECKING:
@@ -26,10 +28,13 @@ if TYPE_CHECKING:
 _REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
 
 
-@click.command(name="build-engine", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="build-engine", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="build-engine")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the engine. Must not exist.")
-@click.option("--target", default="cpu", show_default=True, help=f"cpu (this machine's best), {', '.join(TARGETS)}.")
+@click.option(
+    "--target", default="cpu", show_default=True, help=f"{', '.join(target_names())}; cpu is this machine's best."
+)
 @click.option("--precision", default="int8", show_default=True, help=f"{', '.join(PRECISIONS)}.")
 @click.option("--kv-cache-dtype", default="auto", show_default=True, help=f"auto, {', '.join(KV_CACHE_DTYPES)}.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Default context length. [default: the model's own]")
@@ -85,6 +90,8 @@ def build_engine(
         force=force,
         num_threads=threads,
     )
+    # From here on there is something to put away.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _run(request, plan_only, parse_bytes(memory) if memory else _machine_memory())
@@ -135,9 +142,9 @@ class _Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif (tenth := self._done * 10 // self._total) > self._told:
+        elif (tenth := min(self._done * 10 // self._total, 10)) > self._told:
             self._told = tenth
-            click.echo(f"weights: {min(tenth, 10) * 10} % of {format_bytes(self._total)}", err=True)
+            click.echo(f"weights: {tenth * 10} % of {format_bytes(self._total)}", err=True)
 
 
 def _print_plan(prepared: Prepared, memory_bytes: int) -> None:

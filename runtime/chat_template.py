@@ -1,30 +1,23 @@
 """Messages to a prompt, by the checkpoint's Jinja template, in the environment that transformers gives it.
 
-A template comes from anywhere: it runs in Jinja's sandbox and sees plain data only.
+A template comes from anywhere: it sees plain data only, in Jinja's sandbox, in a process with limits of its own.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engines.errors import RequestError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from .template_process import TemplateProcess
 
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-_LONGEST_PROMPT = 64 << 20
 
 Message = dict[str, Any]
 
 
 class ChatTemplate:
-    """A chat template. Compiled when first used, since most of a second start needs none.
+    """A chat template. It is compiled when first used, since most of a second start needs none. For any thread.
 
     special_tokens: "bos_token" and so on, as variables of the template
     """
@@ -32,18 +25,20 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self.source = source
         self._special_tokens = special_tokens
-        self._template: Template | None = None
+        self._process = TemplateProcess(source)
 
-    def compile(self) -> Template:
-        """The compiled template. Raises RequestError where it is no Jinja."""
-        if self._template is None:
-            try:
-                self._template = _environment().from_string(self.source)
-            except Exception as error:
-                raise RequestError(f"The engine's chat template cannot be used: {_reason(error)}.") from None
-            except RecursionError:
-                raise RequestError("The engine's chat template cannot be used: nested too deeply.") from None
-        return self._template
+    @property
+    def compiled(self) -> bool:
+        """Whether a rendering could begin at once."""
+        return self._process.compiled
+
+    def compile(self) -> None:
+        """Makes it ready. Raises RequestError where it is no Jinja, or takes too much time or memory."""
+        self._process.compile()
+
+    def close(self) -> None:
+        """Ends what is being rendered, and renders no more."""
+        self._process.close()
 
     def render(
         self,
@@ -56,9 +51,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt for `messages`. continue_final_message leaves the last one open, to be gone on with.
 
-        Raises RequestError with what the template says.
+        Takes at most so much time and memory (template_worker.py); meanwhile the thread waits, others run. Raises
+        RequestError with what the template says.
         """
-        template = self.compile()
         final = ""
         if continue_final_message:
             final = _final_text(messages)
@@ -66,10 +61,7 @@ class ChatTemplate:
         known = {**self._special_tokens, **(variables or {})}
         known |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         known.setdefault("documents", None)
-        try:
-            text = _join(template.generate(**known))
-        except Exception as error:
-            raise RequestError(f"The chat template refuses these messages: {_reason(error)}.") from None
+        text = self._process.render(known)
         return _cut_at_tag(text, final) if continue_final_message else text
 
 
@@ -85,16 +77,6 @@ def read_chat_template(jinja: str | None, tokenizer_config: dict[str, Any]) -> C
         return None
     tokens = {name: _token_text(tokenizer_config.get(name)) for name in _SPECIAL_TOKENS}
     return ChatTemplate(source, {name: text for name, text in tokens.items() if text is not None})
-
-
-def _join(pieces: Iterator[str]) -> str:
-    """The pieces as one text. Raises ValueError before it is absurdly long."""
-    text, length = [], 0
-    for piece in pieces:
-        text.append(piece)
-        if (length := length + len(piece)) > _LONGEST_PROMPT:
-            raise ValueError(f"it makes a prompt of over {_LONGEST_PROMPT} characters")
-    return "".join(text)
 
 
 def _token_text(token: object) -> str | None:
@@ -124,57 +106,3 @@ def _cut_at_tag(text: str, final: str) -> str:
     at = text.rindex(tag)
     kept = text[:at]
     return kept if text[at : at + len(_CONTINUE_TAG)] == _CONTINUE_TAG else kept.rstrip()
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().rstrip(".")[:500] or type(error).__name__
-
-
-def _environment() -> Any:
-    import jinja2.ext
-    from jinja2 import nodes, pass_context
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant said, for training; its body is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    @pass_context
-    def unchanged(context: Any, value: Any) -> Any:
-        return value
-
-    # Compiling computes nothing: a template may hold 9 ** 9 ** 9. What wants the context cannot be folded either.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-        optimized=False,
-        finalize=unchanged,
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the escapes for HTML that Jinja's own filter makes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import click
 
+from .. import __version__
+from ..engines.command_line import Command, Count, Group, Seconds
 from ..engines.errors import EngineryError
 from ..engines.sizes import parse_bytes
 from .config import POLICIES, EngineConfig
@@ -16,6 +18,51 @@ from .config import POLICIES, EngineConfig
 _HELP = {"help_option_names": ["-h", "--help"]}
 _DIRECTORY = click.Path(path_type=Path)
 _FLAWED = 2
+_POSITIVE = Count(1, (1 << 31) - 1)
+_BUILT = "It is chosen when the engine is built: build-engine"
+_CARRIED = "The engine carries its own: change the checkpoint's and build it again with build-engine."
+_LATER = "It is not implemented yet."
+
+# Options of vllm serve and its like that do not exist here.
+_ELSEWHERE = {
+    "--model": "The engine's directory is an argument: run-engine DIRECTORY.",
+    "--gpu-memory-utilization": "The memory for the state of sequences is --kv-cache-memory-bytes.",
+    "--num-gpu-blocks-override": "The memory for the state of sequences is --kv-cache-memory-bytes.",
+    "--swap-space": "The memory for the state of sequences is --kv-cache-memory-bytes.",
+    "--max-seq-len": "Did you mean --max-model-len?",
+    "--ctx-size": "Did you mean --max-model-len?",
+    "--max-batch-size": "Did you mean --max-num-seqs?",
+    "--max-concurrent-requests": "Did you mean --max-num-seqs?",
+    "-t": "Tensor parallelism is chosen when the engine is built: build-engine --tensor-parallel-size.",
+    "--tp": "Tensor parallelism is chosen when the engine is built: build-engine --tensor-parallel-size.",
+    "--pipeline-parallel-size": _LATER,
+    "--data-parallel-size": "Start several servers behind a load balancer.",
+    "--dtype": f"{_BUILT} --precision.",
+    "--quantization": f"{_BUILT} --precision.",
+    "-q": f"{_BUILT} --precision.",
+    "--device": f"{_BUILT} --target.",
+    "--block-size": f"{_BUILT} --target.",
+    "--tokenizer": _CARRIED,
+    "--chat-template": _CARRIED,
+    "--generation-config": _CARRIED,
+    "--hf-overrides": _CARRIED,
+    "--trust-remote-code": "Nothing is ever run that a checkpoint or an engine brings; leave it out.",
+    "--enable-chunked-prefill": "Prompts are always computed in chunks, of --max-num-batched-tokens; leave it out.",
+    "--disable-log-requests": "Requests are never logged; leave it out.",
+    "--disable-log-stats": "There are no log lines of statistics, see /metrics; leave it out.",
+    "--enforce-eager": "There is nothing to switch off on this target; leave it out.",
+    "--seed": "Requests have a seed each.",
+    "--scheduling-policy": "Did you mean --capacity-scheduler-policy?",
+    "--max-logprobs": "Requests may ask for up to 20.",
+    "--ssl-keyfile": "TLS is for a proxy before the server.",
+    "--ssl-certfile": "TLS is for a proxy before the server.",
+    "--root-path": "Paths are for a proxy before the server.",
+    "--enable-lora": _LATER,
+    "--enable-auto-tool-choice": _LATER,
+    "--tool-call-parser": _LATER,
+    "--reasoning-parser": _LATER,
+    "--speculative-config": _LATER,
+}
 
 
 def _parse_size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -27,21 +74,33 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
 
 def _require_text(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """An empty key, from a variable that is not set, would let everybody in."""
-    if not all(values):
-        raise click.BadParameter("must not be empty.")
+    for value in values:
+        if not value:
+            raise click.BadParameter("must not be empty.")
+        if value != value.strip() or not value.isprintable():
+            raise click.BadParameter(
+                f"wanted text without spaces around it and without control characters, got {value!r}."
+            )
     return values
 
 
-@click.command(name="run-engine", context_settings=_HELP)
+def _require_host(context: click.Context, param: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("must not be empty; every address of this machine is 0.0.0.0.")
+    return value
+
+
+@click.command(name="run-engine", cls=Command, elsewhere=_ELSEWHERE, context_settings=_HELP)
+@click.version_option(__version__, prog_name="run-engine")
 @click.argument("directory", type=_DIRECTORY)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, callback=_require_host, help="Address to serve on.")
+@click.option("--port", default=8000, show_default=True, type=Count(0, 65535), help="0: any free one.")
 @click.option(
     "--served-model-name",
     "served_model_names",
     multiple=True,
     callback=_require_text,
-    help="Name that requests use; may be given several times. [default: the model's own]",
+    help="Name that requests use; may be given several times. [default: the directory's name]",
 )
 @click.option(
     "--api-key",
@@ -50,17 +109,17 @@ def _require_text(context: click.Context, param: click.Parameter, values: tuple[
     callback=_require_text,
     help="Key that requests must bear; may be given several times.",
 )
-@click.option("--max-model-len", type=click.IntRange(1), help="Tokens of prompt and answer. [default: the engine's]")
+@click.option("--max-model-len", type=_POSITIVE, help="Tokens of prompt and answer. [default: the engine's]")
 @click.option(
     "--max-num-seqs",
-    type=click.IntRange(1),
+    type=_POSITIVE,
     default=EngineConfig.max_num_seqs,
     show_default=True,
     help="Sequences that run at once.",
 )
 @click.option(
     "--max-num-batched-tokens",
-    type=click.IntRange(1),
+    type=_POSITIVE,
     default=EngineConfig.max_num_batched_tokens,
     show_default=True,
     help="Tokens of one step.",
@@ -83,13 +142,13 @@ def _require_text(context: click.Context, param: click.Parameter, values: tuple[
     show_default=True,
     help="Admit what is expected to fit to its end (without max_tokens: as long as others became), or what fits now.",
 )
-@click.option("--num-threads", type=click.IntRange(1), help="Threads that compute. [default: all cores]")
+@click.option("--num-threads", type=_POSITIVE, help="Threads that compute. [default: all cores]")
 @click.option("--verify", is_flag=True, help="Hash the weights before serving, not while.")
-@click.option("--tensor-parallel-size", type=click.IntRange(1), help="Is baked into the engine; must equal it.")
+@click.option("--tensor-parallel-size", type=_POSITIVE, help="Is baked into the engine; must equal it.")
 @click.option("--kv-cache-dtype", help="Is baked into the engine; must equal it.")
 @click.option(
     "--shutdown-timeout",
-    type=click.FloatRange(0),
+    type=Seconds(),
     default=30.0,
     show_default=True,
     help="Seconds that running requests get to end when the server is stopped.",
@@ -115,7 +174,8 @@ def run_engine(
     sys.exit(status)
 
 
-@click.group(context_settings=_HELP)
+@click.group(cls=Group, context_settings=_HELP)
+@click.version_option(__version__, prog_name="enginery")
 def enginery() -> None:
     """Look at engines."""
 

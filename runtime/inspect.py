@@ -14,7 +14,7 @@ from ..engines.defaults import (
     step_limits,
 )
 from ..engines.manifest import VERSIONS
-from ..engines.plan import Call, Plan, Range, plan_arena
+from ..engines.plan import Call, Launch, Plan, Range, plan_arena
 from ..engines.sizes import format_bytes
 from .capacity import StateShape
 from .files import EngineFiles, open_engine
@@ -81,6 +81,9 @@ def _memory(files: EngineFiles, ranks: list[Rank]) -> dict[str, int]:
 
 
 def _kernels(ranks: list[Rank]) -> list[dict[str, Any]]:
+    """Of a CPU target the operators that it calls, of a CUDA target the kernels that it launches, with counts."""
+    if ranks[0].plan.kernels:
+        return _launched(ranks)
     counts: Counter[tuple[str, int, str]] = Counter()
     for rank in ranks:
         calls = [call for call in rank.plan.forward if isinstance(call, Call)]
@@ -88,6 +91,25 @@ def _kernels(ranks: list[Rank]) -> list[dict[str, Any]]:
     return [
         {"operator": op, "version": version, "variant": variant, "calls": count}
         for (op, version, variant), count in sorted(counts.items())
+    ]
+
+
+def _launched(ranks: list[Rank]) -> list[dict[str, Any]]:
+    counts = Counter(each.kernel for rank in ranks for each in rank.plan.forward if isinstance(each, Launch))
+    kernels = {kernel.name: kernel for rank in ranks for kernel in rank.plan.kernels}
+    return [
+        {
+            "name": name,
+            "role": kernel.role,
+            "arch": kernel.arch,
+            "file": kernel.file,
+            "registers": kernel.registers,
+            "shared_bytes": kernel.shared_bytes,
+            "spill_bytes": kernel.spill_bytes,
+            "instruction": kernel.instruction,
+            "launches": counts[name],
+        }
+        for name, kernel in sorted(kernels.items())
     ]
 
 
@@ -151,14 +173,20 @@ def describe_engine(facts: dict[str, Any]) -> str:
         )
         for group in facts["state_groups"]
     ]
-    kernels = [
-        (f"{kernel['operator']} v{kernel['version']}", f"{kernel['calls']:>5} × {kernel['variant']}".rstrip(" ×"))
-        for kernel in facts["kernels"]
-    ]
+    kernels = [_describe_kernel(kernel) for kernel in facts["kernels"]]
     sections = [_table(rows)]
     for title, table in (("files", files), ("memory", memory_rows), ("state", groups), ("kernels", kernels)):
         sections.append(f"{title}\n{_table(table, indent=2)}")
     return "\n\n".join(sections)
+
+
+def _describe_kernel(kernel: dict[str, Any]) -> tuple[str, str]:
+    if "operator" in kernel:
+        return f"{kernel['operator']} v{kernel['version']}", f"{kernel['calls']:>5} × {kernel['variant']}".rstrip(" ×")
+    spills = f", spills {kernel['spill_bytes']} bytes" if kernel["spill_bytes"] else ""
+    instruction = f", {kernel['instruction']}" if kernel["instruction"] else ""
+    what = f"{kernel['registers']} registers, {kernel['shared_bytes']} bytes shared{spills}{instruction}"
+    return kernel["name"], f"{kernel['launches']:>5} × {kernel['role']}: {what}"
 
 
 def _table(rows: list[tuple[str, str]], indent: int = 0) -> str:

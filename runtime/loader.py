@@ -56,6 +56,11 @@ def check_target(files: EngineFiles, features: list[str]) -> Target:
             f"{files.directory} was built for {manifest.target}, which this runtime does not run; it runs "
             f"{', '.join(TARGETS)}.\n{_rebuild(files)}"
         )
+    if target.is_cuda:
+        raise TargetError(
+            f"{files.directory} was built for {target.name} ({', '.join(target.gpus)}); this release runs engines on CPUs "
+            f"alone.\n{_rebuild(files)}"
+        )
     if missing := missing_features(target, features):
         try:
             found = best_target(features).name
@@ -72,8 +77,9 @@ def _rebuild(files: EngineFiles) -> str:
     manifest = files.manifest
     tensor_parallel = manifest.tensor_parallel_size
     ranks = f" --tensor-parallel-size {tensor_parallel}" if tensor_parallel > 1 else ""
+    precision = "int8" if manifest.precision == "fp8" else manifest.precision
     return (
-        f"Build one for it: build-engine {manifest.model.source} --target cpu --precision {manifest.precision}{ranks} "
+        f"Build one for it: build-engine {manifest.model.source} --target cpu --precision {precision}{ranks} "
         f"-o {files.directory.name}-cpu"
     )
 

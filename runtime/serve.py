@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,6 +51,7 @@ def serve(
     shutdown_timeout: float = 30.0,
 ) -> int:
     """Serves until a signal or a failure; returns the exit code. Raises EngineryError for a port that cannot be had."""
+    signals = _Signals()
     listener = bind(address)
     loading = _start_loading(directory, config)
     from .server.state import ServerState
@@ -58,7 +60,7 @@ def serve(
     aliases = () if served_model_names else (str(directory), directory.name)
     state = ServerState(served_model_names=served_model_names, aliases=aliases, api_keys=api_keys)
     with asyncio.Runner() as runner:
-        status = runner.run(_Service(state, listener, loading, shutdown_timeout).run())
+        status = runner.run(_Service(state, listener, loading, shutdown_timeout, signals).run())
     if not loading.done():
         # The loader cannot be interrupted, and nobody waits for what it loads.
         _exit_now(status)
@@ -85,6 +87,7 @@ def bind(address: Address) -> socket.socket:
 
 def _start_loading(directory: Path, config: EngineConfig) -> Future[Engine]:
     loading: Future[Engine] = Future()
+    loading.set_running_or_notify_cancel()  # so that nobody can cancel it
 
     def load() -> None:
         from .engine import load_engine
@@ -100,29 +103,67 @@ def _start_loading(directory: Path, config: EngineConfig) -> Future[Engine]:
     return loading
 
 
+class _Signals:
+    """Ctrl-C and SIGTERM: the first one ends a running service in order; before, after, and the second time all ends.
+
+    They stay ours from before the event loop until the process has ended: the loop's own handlers would leave gaps.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stops = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    @contextlib.contextmanager
+    def stop_service(self) -> Iterator[None]:
+        """While this lasts, in an event loop, the first signal only sets `stopping`."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            self._loop = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._loop is None or self._stops:
+            _exit_now(128 + number)
+        else:
+            self._stops = True
+            self._loop.call_soon_threadsafe(self.stopping.set)
+
+
 class _Service:
     """The server and the engine while they live."""
 
     def __init__(
-        self, state: ServerState, listener: socket.socket, loading: Future[Engine], shutdown_timeout: float
+        self,
+        state: ServerState,
+        listener: socket.socket,
+        loading: Future[Engine],
+        shutdown_timeout: float,
+        signals: _Signals,
     ) -> None:
-        self._state, self._listener, self._loading = state, listener, loading
+        self._state, self._listener, self._loading, self._signals = state, listener, loading, signals
         self._shutdown_timeout = shutdown_timeout
-        self._stopping = asyncio.Event()
+        self._stopping = signals.stopping
         self._engine: Engine | None = None
 
     async def run(self) -> int:
         """Serves; returns the exit code."""
+        with self._signals.stop_service():
+            return await self._serve()
+
+    async def _serve(self) -> int:
         from .server.app import create_app
 
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal, number)
         server = _make_server(create_app(self._state))
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
             return await self._live()
         finally:
+            if self._engine is not None and self._engine.model.chat_template is not None:
+                self._engine.model.chat_template.close()
             server.should_exit = True
             await asyncio.wait([serving], timeout=_CLOSE_S)
             server.force_exit = True
@@ -166,11 +207,6 @@ class _Service:
         await asyncio.to_thread(engine.close)
         return 0
 
-    def _on_signal(self, number: int) -> None:
-        if self._stopping.is_set():
-            _exit_now(128 + number)
-        self._stopping.set()
-
     def _ready_line(self, engine: Engine) -> str:
         host, port = self._listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -184,6 +220,8 @@ class _Service:
 def _make_server(app: Any) -> Any:
     import uvicorn
 
+    from .server.connection import Connection
+
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -196,6 +234,7 @@ def _make_server(app: Any) -> Any:
         access_log=False,
         lifespan="off",
         ws="none",
+        http=Connection,
         timeout_graceful_shutdown=1,
         timeout_keep_alive=75,
         server_header=False,

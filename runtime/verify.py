@@ -105,6 +105,8 @@ def _check_kernels(files: EngineFiles, settings: CoreSettings) -> CheckResult:
     from ._core import cpu_features
 
     features, target = cpu_features(), TARGETS[files.manifest.target]
+    if target.is_cuda:
+        return CheckResult("kernels", None, f"not checked: this release does not run {target.name}")
     if missing := missing_features(target, features):
         try:
             here = best_target(features).name

@@ -14,6 +14,13 @@ namespace enginery {
 
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kEndsOnPage = true;
+#else
+constexpr bool kEndsOnPage = false;
+#endif
+constexpr int64_t kAlignment = 64;
+
 // Closes a descriptor when a scope ends, however it ends.
 struct Descriptor {
     int number;
@@ -25,12 +32,14 @@ struct Descriptor {
 }  // namespace
 
 Mapping::~Mapping() {
-    if (data_ != nullptr) munmap(data_, static_cast<size_t>(bytes_));
+    if (whole_ != nullptr) munmap(whole_, whole_bytes_);
 }
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
+    std::swap(whole_, other.whole_);
+    std::swap(whole_bytes_, other.whole_bytes_);
     return *this;
 }
 
@@ -48,21 +57,25 @@ Mapping Mapping::of_file(const std::string& path, int64_t bytes) {
     void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ, MAP_PRIVATE, file.number, 0);
     if (data == MAP_FAILED) throw CapacityError(path + ": cannot be mapped: " + std::strerror(errno) + ".");
     madvise(data, static_cast<size_t>(bytes), MADV_WILLNEED);
-    return Mapping(data, bytes);
+    return Mapping(data, static_cast<size_t>(bytes), data, bytes);
 }
 
 Mapping Mapping::of_zeros(int64_t bytes, const std::string& purpose) {
     if (bytes == 0) return {};
-    void* data = MAP_FAILED;
-    if (bytes > 0) {
-        data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    }
-    if (data == MAP_FAILED) {
-        throw CapacityError("No memory for " + purpose + ": " + std::to_string(bytes) +
-                            " bytes. Lower --max-num-batched-tokens or --kv-cache-memory-bytes.");
-    }
-    return Mapping(data, bytes);
+    const auto refuse = [&]() -> CapacityError {
+        return CapacityError("No memory for " + purpose + ": " + std::to_string(bytes) +
+                             " bytes. Lower --max-num-batched-tokens or --kv-cache-memory-bytes.");
+    };
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    if (bytes < 0 || bytes > INT64_MAX - 3 * page) throw refuse();
+    const int64_t inner = (bytes + page - 1) / page * page;
+    const auto whole_bytes = static_cast<size_t>(inner + 2 * page);
+    void* whole = mmap(nullptr, whole_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (whole == MAP_FAILED) throw refuse();
+    std::byte* data = static_cast<std::byte*>(whole) + page;
+    Mapping mapping(whole, whole_bytes, data + (kEndsOnPage ? (inner - bytes) / kAlignment * kAlignment : 0), bytes);
+    if (mprotect(data, static_cast<size_t>(inner), PROT_READ | PROT_WRITE) != 0) throw refuse();
+    return mapping;
 }
 
 }  // namespace enginery

@@ -58,7 +58,9 @@ def _post(answer: Answer, state: ServerState) -> Callable[[Request], Awaitable[R
     async def endpoint(http: Request) -> Response:
         try:
             state.check()
-            return await answer(http, parse_body(await _read_body(http, state.largest_body_bytes)), state)
+            async with state.receives_body():
+                data = await _read_body(http, state.largest_body_bytes)
+            return await answer(http, parse_body(data), state)
         except (ClientGoneError, ClientDisconnect):
             return Response(status_code=499)  # nobody hears it; the access count does
         except Exception as error:
@@ -80,14 +82,22 @@ def _get(
 
 
 async def _read_body(http: Request, limit: int) -> bytes:
-    kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    kind, *parameters = http.headers.get("content-type", "application/json").lower().replace(" ", "").split(";")
+    if charset := [value for value in parameters if value.startswith("charset=")]:
+        name = charset[0].removeprefix("charset=").strip('"')
+        if name not in ("utf-8", "utf8", "us-ascii"):
+            raise ApiError(415, f"The body must be UTF-8, not {name[:100]!r}.", code="unsupported_media_type")
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"The body must be application/json, not {kind[:100]!r}.", code="unsupported_media_type")
+    length = http.headers.get("content-length", "0")
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
+    if length.isdigit() and int(length) > limit:
+        raise too_large
     parts, size = [], 0
     async for part in http.stream():
         size += len(part)
         if size > limit:
-            raise ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
+            raise too_large
         parts.append(part)
     return b"".join(parts)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,7 @@ class ChatRequest:
     max_tokens_name: str
 
 
-def parse_chat(body: Body, engine: Engine) -> ChatRequest:
+async def parse_chat(body: Body, engine: Engine, state: ServerState) -> ChatRequest:
     """Checks a request and renders its prompt. Raises ApiError, RequestError."""
     top_logprobs = _top_logprobs(body)
     max_tokens_name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
@@ -51,7 +53,8 @@ def parse_chat(body: Body, engine: Engine) -> ChatRequest:
             "messages",
         )
     messages = parse_messages(body.get("messages"), template)
-    prompt = _render(body, template, messages)
+    # One thread for all: a template renders one prompt at a time, and who has gone by then is left out.
+    prompt = await asyncio.get_running_loop().run_in_executor(state.renderer, _rendering(body, template, messages))
     last = messages[-1]
     echo = (last["content"] or "") if body.boolean("echo") and last["role"] == "assistant" else ""
     special = body.boolean("add_special_tokens")
@@ -67,12 +70,14 @@ def _top_logprobs(body: Body) -> int | None:
     return (top or 0) if wants else None
 
 
-def _render(body: Body, template: ChatTemplate, messages: list[Message]) -> str:
+def _rendering(body: Body, template: ChatTemplate, messages: list[Message]) -> Callable[[], str]:
+    """The rendering of the prompt, not begun."""
     goes_on = body.boolean("continue_final_message")
     add_generation_prompt = body.boolean("add_generation_prompt", default=not goes_on)
     if goes_on and add_generation_prompt:
         raise invalid("continue_final_message and add_generation_prompt exclude each other.", "continue_final_message")
-    variables = body.get("chat_template_kwargs") or {}
+    given = body.get("chat_template_kwargs")
+    variables: dict[str, Any] = {} if given is None else given
     if not isinstance(variables, dict):
         refuse("chat_template_kwargs", "an object", variables)
     if body.get("chat_template") is not None:
@@ -83,7 +88,8 @@ def _render(body: Body, template: ChatTemplate, messages: list[Message]) -> str:
         variables = {"reasoning_effort": effort, **variables}
     if documents is not None:
         variables = {"documents": documents, **variables}
-    return template.render(
+    return functools.partial(
+        template.render,
         messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=goes_on,
@@ -95,7 +101,7 @@ async def chat_completions(http: HttpRequest, body: Body, state: ServerState) ->
     """Answers a chat request, at once or as a stream."""
     engine = state.require_engine()
     state.require_model(body.get("model"))
-    chat = parse_chat(body, engine)
+    chat = await unless_disconnected(http, parse_chat(body, engine, state))
     token_ids = await encode(engine, chat.prompt, chat.add_special_tokens)
     engine.check_prompt(token_ids)
     require_room(len(token_ids), chat.common.max_tokens, engine.model, chat.max_tokens_name)

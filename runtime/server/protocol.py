@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -99,9 +100,16 @@ def refuse(name: str, wanted: str, value: object) -> NoReturn:
 def parse_body(data: bytes) -> Body:
     """The JSON object that a request carries. Raises ApiError."""
     try:
-        values = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"The body is not valid JSON: {str(error)[:200]}.", code="invalid_json") from None
+        # From bytes, json would also take UTF-16, a byte order mark and halves of surrogate pairs.
+        values = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except RecursionError:
+        raise invalid("The body is not valid JSON: nested too deeply.", code="invalid_json") from None
+    except UnicodeDecodeError as error:
+        raise invalid(f"The body is not UTF-8, at byte {error.start}.", code="invalid_json") from None
+    except ValueError as error:
+        # Python refuses numbers of thousands of digits with a remedy that is none of the client's.
+        reason = "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)[:200]
+        raise invalid(f"The body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(values, dict):
         raise invalid(f"The body must be a JSON object, got {short(values)}.", code="invalid_json")
     return Body(values)
@@ -109,6 +117,15 @@ def parse_body(data: bytes) -> Body:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        # Whichever was taken, others on the way may have read the other one.
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{short(twice)} is there twice in one object")
+    return values
 
 
 def _is_text_format(value: Any) -> bool:
@@ -182,10 +199,14 @@ def _sampling_params(body: Body, model: Model, logprobs: int | None, max_tokens:
     values: dict[str, Any] = dict(model.suggested)
     values |= {name: value for name in _SAMPLING if (value := body.get(name)) is not None}
     temperature, top_p = values.get("temperature"), values.get("top_p")
-    if isinstance(temperature, (int, float)) and temperature > 2:
+    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature <= 2):
         refuse("temperature", "a number from 0 to 2", temperature)
     if isinstance(top_p, (int, float)) and not isinstance(top_p, bool) and top_p == 0:
         values["top_p"] = SMALLEST_TOP_P
+    for name in ("stop", "cache_salt"):
+        for text in texts if isinstance(texts := values.get(name), list) else [texts]:
+            if isinstance(text, str):
+                require_encodable(text, name)
     if body.get("logit_bias") is not None:
         values["logit_bias"] = _logit_bias(body.get("logit_bias"))
     for name, count in (("logprobs", logprobs), ("prompt_logprobs", values.get("prompt_logprobs"))):

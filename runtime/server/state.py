@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..engine import Engine
 from .errors import ApiError
 
+RECEIVE_GRACE_S = 0.5
+
 
 @dataclass
 class ServerState:
     """phase: "loading", "ready", "draining" or "failed", and why; in_flight: requests that are being answered.
 
-    aliases: names that requests may use too, but that are not listed.
+    aliases: names that requests may use too, but that are not listed; renderer: where chat templates are waited for;
+    receiving: of requests whose bodies are coming.
     """
 
     engine: Engine | None = None
@@ -31,6 +38,8 @@ class ServerState:
     in_flight: int = 0
     http_requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     fingerprint: str = "enginery"
+    receiving: set[asyncio.Timeout] = field(default_factory=set)
+    renderer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "enginery-template"))
 
     def serve(self, engine: Engine) -> None:
         """From now on `engine` answers."""
@@ -40,8 +49,24 @@ class ServerState:
         self.phase = "ready"
 
     def drain(self) -> None:
-        """From now on new requests are turned away."""
+        """From now on new requests are turned away; those whose bodies are still coming have a moment for the rest."""
         self.phase = "draining"
+        for timeout in self.receiving:
+            timeout.reschedule(asyncio.get_running_loop().time() + RECEIVE_GRACE_S)
+
+    @asynccontextmanager
+    async def receives_body(self) -> AsyncIterator[None]:
+        """Around the reception of a body. Raises ApiError 503 where the server goes down meanwhile."""
+        try:
+            async with asyncio.timeout(None) as timeout:
+                self.receiving.add(timeout)
+                try:
+                    yield
+                finally:
+                    self.receiving.discard(timeout)
+        except TimeoutError:
+            self.check()
+            raise
 
     def fail(self, reason: str) -> None:
         """The engine cannot serve."""
@@ -57,7 +82,9 @@ class ServerState:
             case "loading":
                 raise _unavailable("The engine is loading.", "loading", retry_s=1)
             case "draining":
-                raise _unavailable("The server is going down and takes no new requests.", "draining", retry_s=5)
+                raise _unavailable(
+                    "The server is going down and takes no new requests.", "draining", retry_s=5, last=True
+                )
             case _:
                 raise _unavailable("The engine failed. The server's log says why.", "failed", retry_s=None)
 
@@ -101,8 +128,10 @@ class ServerState:
         }
 
 
-def _unavailable(message: str, code: str, retry_s: int | None) -> ApiError:
-    headers = None if retry_s is None else {"Retry-After": str(retry_s)}
+def _unavailable(message: str, code: str, retry_s: int | None, last: bool = False) -> ApiError:
+    headers = {} if retry_s is None else {"Retry-After": str(retry_s)}
+    if last:
+        headers["Connection"] = "close"
     return ApiError(503, message, code=code, headers=headers)
 
 

@@ -12,6 +12,7 @@ import torch
 from enginery import SamplingParams
 from enginery.compiler.build import BuildRequest, build, prepare
 from enginery.engines.targets import TARGETS, host_features, missing_features
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..tiny import CASES, VOCAB, greedy, logits, make_checkpoint
 
@@ -46,6 +47,63 @@ def test_fp32_gives_the_greedy_tokens_of_transformers(case: str, tmp_path: Path)
     prompts, count = CHANGES_ON_THE_WAY.get(case, PROMPTS), 40 if case in CHANGES_ON_THE_WAY else 64
     wanted = [reference(case, model, prompt, count) for prompt in prompts]
     assert generate(compiled(tmp_path / "model", tmp_path / "engine"), prompts, count) == wanted
+
+
+THRESHOLD = 48  # of the case phi3-longrope
+
+
+def pinned(model: Any, *, long: bool) -> Any:
+    """transformers' model with one set of longrope factors, whatever the length."""
+    rope = model.model.rotary_emb
+    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](model.config, "cpu", seq_len=THRESHOLD + 1)
+    if long:
+        rope.original_inv_freq.copy_(frequencies)
+    else:
+        rope.long_inv_freq = rope.original_inv_freq
+    return model
+
+
+@pytest.mark.parametrize(
+    ("length", "long"), [(6, False), (33, False), (THRESHOLD, False), (THRESHOLD + 1, True), (90, True)]
+)
+def test_longrope_keeps_the_factors_that_a_sequence_began_with(length: int, long: bool, tmp_path: Path) -> None:
+    prompt = PROMPTS[3][:length]
+    model = pinned(make_checkpoint("phi3-longrope", tmp_path / "model"), long=long)
+    other = pinned(make_checkpoint("phi3-longrope", tmp_path / "other"), long=not long)
+    wanted = greedy(model, prompt, 64)
+    assert wanted != greedy(other, prompt, 64)
+    engine = compiled(tmp_path / "model", tmp_path / "engine")
+    assert generate(engine, [prompt], 64) == [wanted]
+
+
+def cached_and_tokens(loaded: enginery.Engine, prompt: list[int]) -> tuple[int, list[int]]:
+    output = loaded.generate([prompt], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
+    return output.num_cached_tokens, output.outputs[0].token_ids
+
+
+def test_longrope_shares_prefixes_only_among_prompts_of_the_same_factors(tmp_path: Path) -> None:
+    """A block of state holds 32 tokens, and all prompts begin alike."""
+    make_checkpoint("phi3-longrope", tmp_path / "model")
+    engine = compiled(tmp_path / "model", tmp_path / "engine")
+    with enginery.Engine.load(engine, enable_prefix_caching=False) as loaded:
+        fresh = {length: cached_and_tokens(loaded, PROMPTS[3][:length])[1] for length in (40, 48, 49, 60, 90)}
+    with enginery.Engine.load(engine) as loaded:
+        got = {length: cached_and_tokens(loaded, PROMPTS[3][:length]) for length in (40, 90, 48, 49, 60)}
+    assert {length: cached for length, (cached, _) in got.items()} == {40: 0, 90: 0, 48: 32, 49: 32, 60: 32}
+    assert {length: tokens for length, (_, tokens) in got.items()} == fresh
+
+
+def test_dynamic_scaling_shares_long_prefixes_only_among_prompts_of_one_length(tmp_path: Path) -> None:
+    """Up to 48 tokens nothing is scaled; above, every length has frequencies of its own."""
+    make_checkpoint("llama-dynamic", tmp_path / "model")
+    engine = compiled(tmp_path / "model", tmp_path / "engine")
+    ends = [[*PROMPTS[3][: length - 1], end] for length, end in ((40, 5), (48, 6), (80, 7), (81, 8), (80, 9))]
+    with enginery.Engine.load(engine, enable_prefix_caching=False) as loaded:
+        fresh = [cached_and_tokens(loaded, prompt)[1] for prompt in ends]
+    with enginery.Engine.load(engine) as loaded:
+        cached, tokens = zip(*(cached_and_tokens(loaded, prompt) for prompt in ends), strict=True)
+    assert cached == (0, 32, 0, 0, 64)
+    assert list(tokens) == fresh
 
 
 @pytest.mark.parametrize("case", ["llama-odd-sizes", "phi3-longrope", "gemma3_text-softcap"])

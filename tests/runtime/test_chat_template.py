@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from enginery.engines.errors import RequestError
+from enginery.runtime import template_worker
 from enginery.runtime.chat_template import ChatTemplate, read_chat_template
+from enginery.runtime.template_process import TemplateProcess
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "shared" / "data" / "templates"
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
@@ -110,6 +114,84 @@ def test_a_broken_template_is_one_error(source: str) -> None:
 def test_the_sandbox_holds(source: str) -> None:
     with pytest.raises(RequestError, match="refuses these messages"):
         ChatTemplate(source, {}).render([])
+
+
+DOUBLED = "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", "computes for more than"),
+        (DOUBLED.replace("START", "[1]").replace("STEP", "[ns.x, ns.x]"), "computes for more than"),
+        (DOUBLED.replace("START", "'x'").replace("STEP", "ns.x ~ ns.x"), "MiB of memory"),
+        ("{{ 'x' * 10**9 }}", "MiB of memory"),
+        ("{{ [1] * 10**9 }}", "MiB of memory"),
+        ("{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}", "characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+    ],
+)
+def test_a_template_has_so_much_time_and_memory(source: str, reason: str) -> None:
+    process = TemplateProcess(source, cpu_seconds=0.3 if "computes" in reason else 30)
+    for _ in range(2):  # also when the process has died of it
+        with pytest.raises(RequestError, match=reason):
+            process.render({})
+
+
+def test_a_template_that_cannot_be_compiled_in_time() -> None:
+    process = TemplateProcess("{{ x }}" * 50_000, cpu_seconds=0.2)
+    for ask in (process.compile, lambda: process.render({})):
+        with pytest.raises(RequestError, match=r"cannot be used: it computes for more than 0\.2 s"):
+            ask()
+    assert not process.compiled
+
+
+def test_a_prompt_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_worker, "LONGEST_PROMPT", 10)
+    template = template_worker.compile_template("{% for c in text %}{{ c }}{% endfor %}")
+    assert template_worker.render(template, {"text": "x" * 10}) == "x" * 10
+    with pytest.raises(ValueError, match="over 10 characters"):
+        template_worker.render(template, {"text": "x" * 11})
+
+
+def test_a_process_that_died_is_replaced() -> None:
+    template = ChatTemplate("{{ messages[0] }}", {})
+    assert template.render(["a"]) == "a"
+    child = template._process._child
+    assert child is not None
+    child.kill()
+    child.wait()
+    assert template.render(["é"]) == "é"
+    template.close()
+    with pytest.raises(RequestError, match="closed"):
+        template.render(["a"])
+
+
+def test_no_process_outlives_the_server() -> None:
+    program = """
+import os
+from enginery.runtime.chat_template import ChatTemplate
+template = ChatTemplate("{{ 1 }}", {})
+template.compile()
+print(template._process._child.pid, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    worker = Path("/proc") / done.stdout.strip()
+    while worker.exists() and "(zombie)" not in (worker / "status").read_text():
+        pass
+
+
+def test_messages_that_are_no_json() -> None:
+    with pytest.raises(RequestError, match="no JSON"):
+        ChatTemplate("", {}).render([{"content": object()}])
+
+
+@pytest.mark.parametrize("source", ["{{ messages }}", "{{ '\\ud800' }}", "{{ 1 }}\ud800"])
+def test_half_a_surrogate_pair_is_no_text(source: str) -> None:
+    messages = [{"role": "\ud800", "content": "x"}] if "messages" in source else []
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        ChatTemplate(source, {}).render(messages)
 
 
 def test_filters_are_those_of_transformers() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,11 +85,10 @@ def test_ends_at_once_without_time_to_drain(built_engine: Path) -> None:
 
 def test_a_second_signal_ends_at_once(built_engine: Path) -> None:
     with running(built_engine, "--shutdown-timeout", "600") as (process, url):
-        address = httpx.URL(url)
-        with socket.create_connection((address.host, address.port or 80)) as unfinished:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
-            unfinished.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
-            assert unfinished.recv(100).startswith(b"HTTP/1.1 100")  # now it is in flight
+        body = {"prompt": ["Once"] * 1000, "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)  # now it is in flight
             process.send_signal(signal.SIGTERM)
             while (health := httpx.get(f"{url}/health").json())["status"] == "ready":
                 pass
@@ -96,6 +96,75 @@ def test_a_second_signal_ends_at_once(built_engine: Path) -> None:
             assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 503
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+def test_a_half_sent_body_does_not_hold_the_end_up(built_engine: Path) -> None:
+    with running(built_engine, "--shutdown-timeout", "600") as (process, url):
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 80), timeout=30) as unfinished:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
+            unfinished.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+            assert unfinished.recv(100).startswith(b"HTTP/1.1 100")  # now it is in flight
+            process.send_signal(signal.SIGTERM)
+            assert unfinished.recv(100).startswith(b"HTTP/1.1 503")
+            assert process.wait(timeout=30) == 0
+
+
+INTERRUPTING = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from enginery.runtime.entry import {command}
+{command}()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("click", "run_engine"),
+        ("enginery.runtime.cli", "run_engine"),
+        ("enginery.engines.sizes", "enginery"),
+        ("enginery.runtime.serve", "run_engine"),
+        ("asyncio", "run_engine"),
+        ("enginery.runtime.server.state", "run_engine"),
+        ("enginery.runtime.server.app", "run_engine"),
+        ("uvicorn", "run_engine"),
+        ("enginery.runtime.engine", "run_engine"),
+        ("tokenizers", "run_engine"),
+        ("enginery.runtime.inspect", "enginery"),
+    ],
+)
+def test_an_interrupt_ends_quietly_whenever_it_comes(built_engine: Path, module: str, command: str) -> None:
+    program = [sys.executable, "-c", INTERRUPTING.format(module=module, command=command)]
+    arguments = ["--port", 0] if command == "run_engine" else []
+    result = run(program, *(["inspect"] if command == "enginery" else []), built_engine, *arguments)
+    # A server that runs already goes down in order.
+    assert result.returncode in (130, 0) if command == "run_engine" else result.returncode == 130
+    assert result.stderr == ""
+
+
+def test_an_idle_server_takes_no_time(built_engine: Path) -> None:
+    with running(built_engine) as (process, url):
+        body = {"prompt": "Once", "max_tokens": 5}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        ticks = Path(f"/proc/{process.pid}/stat")
+
+        def used() -> int:
+            return sum(map(int, ticks.read_text().rsplit(")", 1)[1].split()[11:13]))
+
+        def settled() -> bool:
+            before = used()
+            time.sleep(1)  # the idle time that is measured, nothing is waited for
+            return used() - before <= 5
+
+        # The weights are hashed in the background after the first token.
+        assert any(settled() for _ in range(5))
 
 
 def test_a_damaged_chunk_ends_serving(copied_engine: Path) -> None:
@@ -129,7 +198,26 @@ def test_port_in_use(built_engine: Path) -> None:
         (["--tensor-parallel-size", "2"], "tensor_parallel_size is baked into the engine as 1; 2 was asked for"),
         (["--kv-cache-dtype", "fp32"], "kv_cache_dtype is baked into the engine as bf16"),
         (["--max-num-seq", "1"], "max-num-seqs"),
-        (["--port", "99999"], "99999"),
+        (["--max_num_seqs", "1"], "--max-num-seqs"),
+        (["--gpu-memory-utilization", "0.9"], "is --kv-cache-memory-bytes"),
+        (["--quantization", "fp8"], "build-engine --precision"),
+        (["-tp", "2"], "build-engine --tensor-parallel-size"),
+        (["--port", "99999"], "wanted a whole number from 0 to 65535, got '99999'"),
+        (["--port", "1e3"], "wanted a whole number from 0 to 65535, got '1e3'"),
+        (["--port"], "requires an argument"),
+        (["--max-num-seqs", "0"], "'--max-num-seqs': wanted a whole number from 1"),
+        (["--max-num-batched-tokens", "9" * 30], "'--max-num-batched-tokens': wanted a whole number from 1"),
+        (["--max-model-len", "-5"], "'--max-model-len': wanted a whole number from 1"),
+        (["--num-threads", "two"], "'--num-threads': wanted a whole number from 1"),
+        (["--shutdown-timeout", "nan"], "'--shutdown-timeout': wanted a number of seconds, 0 or more, got 'nan'"),
+        (["--shutdown-timeout", "inf"], "'--shutdown-timeout': wanted a number of seconds, 0 or more, got 'inf'"),
+        (["--shutdown-timeout", "-1"], "'--shutdown-timeout': wanted a number of seconds, 0 or more, got '-1'"),
+        (["--shutdown-timeout", "soon"], "'--shutdown-timeout': wanted a number of seconds"),
+        (["--kv-cache-memory-bytes", "nan"], "'nan' is no size"),
+        (["--capacity-scheduler-policy", "best"], "guaranteed_no_evict"),
+        (["more"], "unexpected extra argument"),
+        (["--api-key", "key\n"], "without spaces around it"),
+        (["--host", ""], "must not be empty"),
         (["--api-key", ""], "must not be empty"),
         (["--api-key", "k", "--served-model-name", ""], "must not be empty"),
         (["--host", "256.1.1.1"], "cannot be served on"),
@@ -137,6 +225,28 @@ def test_port_in_use(built_engine: Path) -> None:
 )
 def test_refusals(built_engine: Path, arguments: list[str], message: str) -> None:
     assert message in refusal(run(RUN_ENGINE, built_engine, "--port", 0, *arguments))
+
+
+@pytest.mark.parametrize("arguments", [["--num-threds", "1"], ["--port", "x"], []])
+def test_a_wrong_usage_is_one_line(arguments: list[str]) -> None:
+    message = refusal(run(RUN_ENGINE, *arguments))
+    assert message.startswith("UsageError: run-engine: ")
+    assert message.endswith("See run-engine --help.\n")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspct", "x"], "'inspect'"),
+        (["inspect"], "UsageError: enginery inspect: Missing argument 'DIRECTORY'."),
+        (["verify", "x", "--jason"], "UsageError: enginery verify: No such option '--jason'."),
+        (["--json"], "UsageError: enginery: No such option '--json'."),
+        ([], "Commands:"),
+    ],
+)
+def test_wrong_usage_of_enginery(arguments: list[str], message: str) -> None:
+    assert message in refusal(run(ENGINERY, *arguments))
 
 
 def test_an_engine_for_another_machine(copied_engine: Path) -> None:

@@ -307,4 +307,4 @@ def test_warming_up_makes_the_template_ready(engine: Engine) -> None:
     engine.warm_up()
     template = engine.model.chat_template
     assert template is not None
-    assert template._template is not None
+    assert template.compiled

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from enginery.runtime.engine import Engine
 from enginery.runtime.server.app import create_app
+from enginery.runtime.server.connection import Connection
 from enginery.runtime.server.state import ServerState
 from enginery.runtime.tokenizer import Tokenizer
 
@@ -54,7 +55,9 @@ def serving(state: ServerState) -> Iterator[Served]:
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     server = uvicorn.Server(
-        uvicorn.Config(create_app(state), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            create_app(state), log_level="critical", lifespan="off", http=Connection, timeout_graceful_shutdown=1
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

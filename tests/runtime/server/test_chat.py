@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from typing import Any
 
 import openai
@@ -219,6 +220,7 @@ def test_token_ids_if_asked_for(served: Served) -> None:
         ("ignore_eos", {"ignore_eos": 123}),
         ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
         ("chat_template_kwargs", {"chat_template_kwargs": 3}),
+        ("chat_template_kwargs", {"chat_template_kwargs": []}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("grammar", {"grammar": 'root ::= "x"'}),
         ("json_schema", {"json_schema": {"type": "object"}}),
@@ -279,6 +281,23 @@ def test_template_errors_are_the_clients(byte_level: Tokenizer) -> None:
     with serving_engine(null_engine(byte_level, model={"chat_template": None})) as served:
         assert "no chat template" in refuse(served, "messages")
         assert served.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_template_without_end_holds_nobody_up(byte_level: Tokenizer) -> None:
+    endless = "{% if messages[0].content == 'loop' %}" + "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    template = ChatTemplate(endless + "{% endif %}x", {})
+    with serving_engine(null_engine(byte_level, model={"chat_template": template})) as served:
+        template.compile()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            body = {"messages": [{"role": "user", "content": "loop"}], "max_tokens": 1}
+            asked = pool.submit(served.post, "/v1/chat/completions", body)
+            while not served.state.in_flight:
+                assert not asked.done()
+            assert served.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+            assert not asked.done()
+            assert asked.result().status_code == 400
+            assert "computes for more than" in asked.result().json()["error"]["message"]
+        assert served.post("/v1/chat/completions", {"messages": USER, "max_tokens": 1}).status_code == 200
 
 
 def test_the_models_own_sampling_is_the_default(byte_level: Tokenizer) -> None:

@@ -157,6 +157,13 @@ def test_refuses_by_name(served: Served, param: str, values: dict[str, Any], str
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("temperature", [-0.1, 2.1, True, "0", [0]])
+def test_temperature_has_the_range_of_the_api(served: Served, temperature: Any) -> None:
+    answer = served.post("/v1/completions", {"prompt": "the", "temperature": temperature})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("temperature must be a number from 0 to 2, got ")
+
+
 def test_context_length(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         complete(served, [1] * 512)
