@@ -58,8 +58,8 @@ def check_target(files: EngineFiles, features: list[str]) -> Target:
         )
     if target.is_cuda:
         raise TargetError(
-            f"{files.directory} was built for {target.name} ({', '.join(target.gpus)}); this release runs engines on CPUs "
-            f"alone.\n{_rebuild(files)}"
+            f"{files.directory} was built for {target.name} ({', '.join(target.gpus)}); this release runs engines on "
+            f"CPUs alone.\n{_rebuild(files)}"
         )
     if missing := missing_features(target, features):
         try:
