@@ -11,10 +11,12 @@ demo: .venv/built  ## builds an engine from the repository's model, serves it an
 
 test: check  ## what CI runs
 	@$(python) -m pytest -q
+	@$(python) -m pytest -q tests/interpreted
 	@$(python) examples/demo.py
 
 test-all: check  ## the heavy tests too, and the sanitizers
-	@$(python) -m pytest -q -m ""
+	@$(python) -m pytest -q -m "not gpu"
+	@$(python) -m pytest -q -m "not gpu" tests/interpreted
 	@$(python) examples/demo.py
 	@ci/sanitize.sh
 	@ci/sanitize.sh thread

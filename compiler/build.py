@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engines.errors import CheckpointError, CompileError
@@ -22,8 +22,10 @@ from ..engines.plan import Plan
 from ..engines.plan_format import encode_plan
 from ..engines.precisions import KV_CACHE_DTYPES, find_kv_cache_dtype, find_precision
 from ..engines.targets import Target, find_target
+from ..plugins.launches import Kernel
 from .checkpoint.source import Source, find_checkpoint
 from .checkpoint.tensors import Checkpoint, open_checkpoint
+from .cuda.kernels import CompiledKernel
 from .graph.builder import GraphBuilder
 from .lower.cpu import lower
 from .lower.tensors import TensorJobs
@@ -62,10 +64,11 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Lowered:
-    """One rank before its weights are read."""
+    """One rank before its weights are read and its kernels compiled."""
 
     plan: Plan
     jobs: TensorJobs
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,11 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     Raises CheckpointError, CompileError or TargetError with all that is wrong.
     """
     target = find_target(request.target)
-    if target.is_cuda:
-        raise CompileError(f"target {target.name}: engines for GPUs are not built yet, only for CPUs.")
+    if target.is_cuda and request.tensor_parallel_size > 1:
+        raise CompileError(
+            f"--tensor-parallel-size {request.tensor_parallel_size}: not implemented for {target.name} yet, only for CPU "
+            f"targets. Leave it out."
+        )
     precision = find_precision(request.precision, target)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
     source = find_checkpoint(request.model)
@@ -138,11 +144,23 @@ def _lower_rank(checkpoint: Checkpoint, config: Config, options: Options, save_g
 
     g = build_graph(config, checkpoint)
     run_passes(g, options, observe)
+    if options.target.is_cuda:
+        from .lower.cuda import lower_to_cuda
+
+        return Lowered(*lower_to_cuda(g, config, options))
     return Lowered(*lower(g, config, options))
 
 
-def build(prepared: Prepared, progress: Callable[[int], None] = lambda count: None) -> Path:
-    """Writes the engine and returns its directory; `progress` is told of bytes of weights as they are written."""
+def build(
+    prepared: Prepared,
+    progress: Callable[[int], None] = lambda count: None,
+    compiled: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Writes the engine and returns its directory.
+
+    progress  is told of bytes of weights as they are written
+    compiled  is told how many of the kernels that had to be compiled are
+    """
     output = prepared.request.output
     assert output is not None
     try:
@@ -151,7 +169,7 @@ def build(prepared: Prepared, progress: Callable[[int], None] = lambda count: No
         _require_vacant(output, prepared.request.force)
         with _beside(output) as partial:
             _require_space(partial, prepared.weights_bytes)
-            _write_files(prepared, partial, progress)
+            _write_files(prepared, partial, progress, compiled)
             _publish(partial, output, prepared.request.force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -160,15 +178,22 @@ def build(prepared: Prepared, progress: Callable[[int], None] = lambda count: No
     return output
 
 
-def _write_files(prepared: Prepared, directory: Path, progress: Callable[[int], None]) -> None:
+def _write_files(
+    prepared: Prepared, directory: Path, progress: Callable[[int], None], told: Callable[[int, int], None]
+) -> None:
     files: dict[str, FileEntry] = {}
     for name, (role, _) in _COPIED.items():
         if (origin := prepared.source.directory / name).is_file():
             shutil.copyfile(origin, directory / name)
             files[name] = hash_file(directory / name, role, Path(name).suffix[1:])
+    compiled = _compile_kernels(prepared, told)
+    for kernel in compiled.values():
+        (directory / kernel.image.file).write_bytes(kernel.cubin)
+        files[kernel.image.file] = hash_file(directory / kernel.image.file, "kernels", "cubin")
     for rank, lowered in enumerate(prepared.ranks):
         name = f"plan.rank{rank}.msgpack"
-        (directory / name).write_bytes(encode_plan(lowered.plan))
+        images = tuple(compiled[kernel.name].image for kernel in lowered.kernels)
+        (directory / name).write_bytes(encode_plan(replace(lowered.plan, kernels=images)))
         files[name] = hash_file(directory / name, "plan", "msgpack", rank)
         name = f"weights.rank{rank}.safetensors"
         threads = prepared.request.num_threads
@@ -176,6 +201,15 @@ def _write_files(prepared: Prepared, directory: Path, progress: Callable[[int], 
     partial = directory / f"{MANIFEST}.partial"
     partial.write_bytes(encode_manifest(_manifest(prepared, files)))
     os.rename(partial, directory / MANIFEST)
+
+
+def _compile_kernels(prepared: Prepared, told: Callable[[int, int], None]) -> dict[str, CompiledKernel]:
+    kernels = [kernel for rank in prepared.ranks for kernel in rank.kernels]
+    if not kernels:
+        return {}
+    from .cuda.kernels import compile_kernels
+
+    return compile_kernels(kernels, prepared.target, prepared.request.num_threads, told)
 
 
 def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:

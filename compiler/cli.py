@@ -112,12 +112,17 @@ def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
             _print_plan(prepared, memory_bytes)
             return
         with _Progress(prepared.tensor_bytes) as progress:
-            output = build(prepared, progress.advance)
+            output = build(prepared, progress.advance, _tell_kernels)
     size = sum(path.stat().st_size for path in output.iterdir())
     seconds = time.monotonic() - started
     gc.freeze()
     what = f"{prepared.config.model_type} {request.precision} for {prepared.target.name}"
     click.echo(f"{output}: {what}, {format_bytes(size)}, {seconds:.1f} s")
+
+
+def _tell_kernels(done: int, total: int) -> None:
+    if done % 10 == 0 or done == total:
+        click.echo(f"kernels: {done} of {total} compiled", err=True)
 
 
 class _Progress:

@@ -11,8 +11,10 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -60,7 +62,10 @@ def compile_kernels(
     require_triton()
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(num_processes, len(missing)))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="enginery-triton-") as scratch,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process, initargs=(scratch,)) as pool,
+    ):
         futures = {pool.submit(compile_kernel, each, target.arch, file_name(each, target)): each for each in missing}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -143,9 +148,10 @@ def _write(path: Path, kernel: CompiledKernel) -> None:
     """Without a cache everything works, only slower: a directory that cannot be written is no error."""
     entry = msgpack.packb({"image": asdict(kernel.image), "cubin": kernel.cubin})
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(hashlib.sha256(entry).digest() + entry)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+        try:
+            beside.write_bytes(hashlib.sha256(entry).digest() + entry)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import tempfile
 
 from ...engines.plan import KernelImage
 from ...plugins.launches import Kernel
@@ -15,11 +14,14 @@ _PARAMETERS = {"i32": "i32", "fp32": "fp32"}
 _HIDDEN = 2
 
 
-def prepare_process() -> None:
-    """Once, before Triton is imported: what its environment decides must not depend on the user's."""
+def prepare_process(directory: str) -> None:
+    """Once, before Triton is imported: what its environment decides must not depend on the user's.
+
+    directory: for Triton's own cache, which is of no use afterwards
+    """
     for name in [name for name in os.environ if name.startswith("TRITON_")]:
         del os.environ[name]
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="enginery-triton-")
+    os.environ["TRITON_CACHE_DIR"] = directory
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it would hold the paths of this machine
 
 

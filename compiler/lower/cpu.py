@@ -11,81 +11,32 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from ...engines.errors import CompileError
 from ...engines.expressions import Expression
 from ...engines.layouts import padded_columns
-from ...engines.plan import Attribute, Buffer, Call, Logits, Operand, Plan, Range
+from ...engines.plan import Attribute, Buffer, Call, Operand, Plan, Range
 from ..graph.builder import GraphBuilder, attribute, columns_of, rows_of
 from ..graph.rewrite import is_ours, users
 from ..models.config import Config
 from ..models.layers import group_name
 from ..passes.options import Options
-from .memory import assign_slots
-from .state import layer_in_group, prefix_key, state_groups
+from .lowering import ELEMENT_BYTES, UNBOUNDED, Lowering, View
+from .state import layer_in_group
 from .tensors import CPU_LAYOUTS, TensorJobs
 
 _PRIVATE_ROWS = 4
-_ELEMENT_BYTES = {"f32": 4, "bf16": 2, "i8": 1, "u8": 1}
-_UNBOUNDED = 1 << 40
-
-
-@dataclass(frozen=True)
-class View:
-    """Columns [offset, offset + columns) of a buffer, rows `stride` elements apart; scale: the buffer of its scales."""
-
-    buffer: str
-    rows: str
-    columns: int
-    stride: int
-    dtype: str = "f32"
-    offset: int = 0
-    scale: str = ""
-
-    @property
-    def extent(self) -> Expression:
-        """Bytes of all rows."""
-        return ["*", self.rows, self.stride * _ELEMENT_BYTES[self.dtype]]
 
 
 @dataclass
-class CpuLowering:
+class CpuLowering(Lowering):
     """Appends calls, buffers and tensors as it walks the graph."""
 
-    g: GraphBuilder
-    config: Config
-    options: Options
-    jobs: TensorJobs
     calls: list[Call] = field(default_factory=list)
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    views: dict[ir.Value, View] = field(default_factory=dict)
     region: int = 0
 
     def lower(self) -> Plan:
         """The plan of this rank."""
-        for node in self.g.graph:
-            if node.outputs[0] in self.views:
-                continue
-            method = getattr(self, f"_{node.op_type}", None)
-            if method is None:
-                raise CompileError(
-                    f"node {node.name!r}: {self.options.target.name} has no kernel for {node.op_type}, and no pass "
-                    f"makes another operator of it. Models are written in what compiler/models/layers.py offers."
-                )
-            method(node)
-        output = next(value for value in self.g.graph.outputs if value.name == "logits")
-        view = self.views[output]
-        buffers = assign_slots(list(self.buffers.values()), self.calls, kept={view.buffer})
-        names = {op.name for call in self.calls for op in call.operands.values() if op.kind == "input"}
-        return Plan(
-            rank=self.options.rank,
-            world_size=self.options.world_size,
-            step_inputs=tuple(sorted(names)),
-            state_groups=state_groups(self.config, self.options),
-            buffers=tuple(buffers),
-            forward=tuple(self.calls),
-            logits=Logits(view.buffer, self.config.vocab_size, view.stride),
-            prefix_key=prefix_key(self.config),
-        )
+        self.walk()
+        return self.plan(self.calls, list(self.buffers.values()))
 
     # -- the pieces that calls are made of ------------------------------------------------------------------------
 
@@ -95,29 +46,13 @@ class CpuLowering:
         name = f"{name}.private" if private else name
         stride = columns if compact else padded_columns(columns)
         count: Expression = ["min", rows, _PRIVATE_ROWS] if private else rows
-        bytes_: Expression = ["*", count, stride * _ELEMENT_BYTES[dtype]]
+        bytes_: Expression = ["*", count, stride * ELEMENT_BYTES[dtype]]
         self.buffers[name] = Buffer(name, dtype, bytes_, 0, private)
         scale = ""
         if dtype in ("i8", "u8"):
             scale = f"{name}.scale"
             self.buffers[scale] = Buffer(scale, "f32", ["*", count, 4], 0, private)
         return View(name, rows, columns, stride, dtype, 0, scale)
-
-    def _view(self, value: ir.Value | None) -> View:
-        assert value is not None
-        return self.views[value]
-
-    def _read(self, view: View) -> Operand:
-        return Operand("buffer", view.buffer, 0, view.extent, "r")
-
-    def _write(self, view: View) -> Operand:
-        return Operand("buffer", view.buffer, 0, view.extent, "w")
-
-    def _scale(self, view: View, access: str) -> Operand:
-        return Operand("buffer", view.scale, 0, ["*", view.rows, 4], access)
-
-    def _weight(self, name: str) -> Operand:
-        return Operand("weight", name, 0, self.jobs.bytes_of(name), "r")
 
     def _inputs(self, *names: str) -> dict[str, Operand]:
         return {name: Operand("input", name) for name in names}
@@ -147,7 +82,7 @@ class CpuLowering:
         }
         for value in node.outputs:
             self.views[value] = self._new(value, compact=True)
-        outputs = {"cos": self._write(self.views[node.outputs[0]]), "sin": self._write(self.views[node.outputs[1]])}
+        outputs = {"cos": self._at(self.views[node.outputs[0]], "w"), "sin": self._at(self.views[node.outputs[1]], "w")}
         attributes = {name: attribute(node, name) for name in node.attributes}
         self._call("rotary_table", {**self._inputs("positions", "prompt_lengths"), **weights, **outputs}, attributes)
 
@@ -159,8 +94,8 @@ class CpuLowering:
         operands = {
             **self._inputs("token_ids"),
             "table": self._weight(name),
-            "table_scale": self._weight(f"{name}.scale") if self.jobs.has(f"{name}.scale") else None,
-            "out": self._write(out),
+            "table_scale": self._beside(f"{name}.scale"),
+            "out": self._at(out, "w"),
         }
         attributes: dict[str, Attribute] = {
             "hidden": out.columns,
@@ -192,7 +127,7 @@ class CpuLowering:
         dtype = self._activation_dtype(quantize)
         rows = str(rows_of(value))
         if len(readers) == 1 and is_ours(readers[0], "Linear"):
-            few, many = (Range(rows, 0, _PRIVATE_ROWS),), (Range(rows, _PRIVATE_ROWS + 1, _UNBOUNDED),)
+            few, many = (Range(rows, 0, _PRIVATE_ROWS),), (Range(rows, _PRIVATE_ROWS + 1, UNBOUNDED),)
             private, shared = self._new(value, dtype, private=True), self._new(value, dtype)
             output = self._linear_output(readers[0])
             self._norm_call(norm, last, private, few)
@@ -217,13 +152,13 @@ class CpuLowering:
         x, delta, post_weight, weight = norm.inputs if norm is not None else (last.inputs[0], None, None, None)
         total = self.views[norm.outputs[1]] if norm is not None and len(norm.outputs) > 1 else None
         operands = {
-            "x": self._read(self._view(x)),
-            "delta": self._read(self._view(delta)) if delta is not None else None,
-            "post_weight": self._weight(self.jobs.vector(post_weight)) if post_weight is not None else None,
-            "weight": self._weight(self.jobs.vector(weight)) if weight is not None else None,
-            "sum": self._write(total) if total is not None else None,
-            "out": self._write(out),
-            "out_scale": self._scale(out, "w") if out.scale else None,
+            "x": self._at(self._view(x), "r"),
+            "delta": self._at(self._view(delta), "r") if delta is not None else None,
+            "post_weight": self._vector(post_weight),
+            "weight": self._vector(weight),
+            "sum": self._at(total, "w") if total is not None else None,
+            "out": self._at(out, "w"),
+            "out_scale": self._scale(out, "w"),
         }
         eps = float(attribute(norm, "eps")) if norm is not None else 0.0
         self._call("rms_norm", operands, {"hidden": out.columns, "eps": eps, "domain": out.rows}, guard)
@@ -243,14 +178,14 @@ class CpuLowering:
         assert weight is not None
         name = self.jobs.matrix(weight, attribute(node, "precision"), gated=activation != "none")
         operands = {
-            "a": self._read(a),
-            "a_scale": self._scale(a, "r") if a.scale else None,
+            "a": self._at(a, "r"),
+            "a_scale": self._scale(a, "r"),
             "weight": self._weight(name),
-            "weight_scale": self._weight(f"{name}.scale") if a.scale else None,
-            "weight_sum": self._weight(f"{name}.sum") if a.scale else None,
+            "weight_scale": self._beside(f"{name}.scale"),
+            "weight_sum": self._beside(f"{name}.sum"),
             "bias": self._weight(self.jobs.bias(bias, gated=activation != "none")) if bias is not None else None,
-            "residual": self._read(self._view(residual)) if residual is not None else None,
-            "out": self._write(out),
+            "residual": self._at(self._view(residual), "r") if residual is not None else None,
+            "out": self._at(out, "w"),
         }
         attributes: dict[str, Attribute] = {
             "n": out.columns,
@@ -260,14 +195,6 @@ class CpuLowering:
             "domain": out.rows,
         }
         self._call("linear", operands, attributes, guard)
-
-    def _Split(self, node: ir.Node) -> None:
-        """No call: its outputs are columns of its input."""
-        whole, offset = self._view(node.inputs[0]), 0
-        for value in node.outputs:
-            columns = columns_of(value)
-            self.views[value] = View(whole.buffer, whole.rows, columns, whole.stride, "f32", offset)
-            offset += columns
 
     def _Gather(self, node: ir.Node) -> None:
         """Rows of activations; attention reads those of positions and rotary tables through `rows` itself."""
@@ -280,7 +207,7 @@ class CpuLowering:
         self.views[node.outputs[0]] = out
         self._call(
             "gather_rows",
-            {**self._inputs("rows"), "x": self._read(x), "out": self._write(out)},
+            {**self._inputs("rows"), "x": self._at(x, "r"), "out": self._at(out, "w")},
             {"columns": out.columns},
         )
         self._next_region()
@@ -291,11 +218,11 @@ class CpuLowering:
         assert key.stride == value.stride
         operands = {
             **self._inputs("positions", "slots"),
-            "k": self._read(key),
-            "v": self._read(value),
-            "cos": self._read(self._view(cos)),
-            "sin": self._read(self._view(sin)),
-            "k_norm": self._weight(self.jobs.vector(k_norm)) if k_norm is not None else None,
+            "k": self._at(key, "r"),
+            "v": self._at(value, "r"),
+            "cos": self._at(self._view(cos), "r"),
+            "sin": self._at(self._view(sin), "r"),
+            "k_norm": self._vector(k_norm),
             "state": self._state(attribute(node, "layer"), "rw"),
         }
         attributes = self._heads(node) | {"k_offset": key.offset, "v_offset": value.offset, "stride": key.stride}
@@ -310,12 +237,12 @@ class CpuLowering:
         assert writer is not None, f"{node.name}: reads a cache that nobody writes"
         operands = {
             **self._inputs("block_table", "positions", *(["rows"] if out.rows == "rows" else [])),
-            "q": self._read(query),
-            "cos": self._read(self._view(cos)),
-            "sin": self._read(self._view(sin)),
-            "q_norm": self._weight(self.jobs.vector(q_norm)) if q_norm is not None else None,
+            "q": self._at(query, "r"),
+            "cos": self._at(self._view(cos), "r"),
+            "sin": self._at(self._view(sin), "r"),
+            "q_norm": self._vector(q_norm),
             "state": self._state(attribute(writer, "layer"), "r"),
-            "out": self._write(out),
+            "out": self._at(out, "w"),
         }
         attributes = self._heads(node) | {
             "num_heads": attribute(node, "num_heads"),
@@ -345,7 +272,9 @@ class CpuLowering:
         x, out = self._view(node.inputs[0]), self._new(node.outputs[0])
         self.views[node.outputs[0]] = out
         self._call(
-            "all_reduce", {"x": self._read(x), "out": self._write(out)}, {"columns": out.columns, "domain": out.rows}
+            "all_reduce",
+            {"x": self._at(x, "r"), "out": self._at(out, "w")},
+            {"columns": out.columns, "domain": out.rows},
         )
         self._next_region()
 
@@ -354,7 +283,7 @@ class CpuLowering:
         self.views[node.outputs[0]] = out
         starts = ",".join(map(str, attribute(node, "starts")[:-1]))
         attributes: dict[str, Attribute] = {"columns": out.columns, "starts": starts, "domain": out.rows}
-        self._call("all_gather", {"x": self._read(x), "out": self._write(out)}, attributes)
+        self._call("all_gather", {"x": self._at(x, "r"), "out": self._at(out, "w")}, attributes)
         self._next_region()
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from ...engines.layouts import round_up
 from ...engines.plan import PrefixKey, StateGroup
+from ...engines.targets import Target
 from ..models.config import Config
 from ..models.layers import group_name
 from ..passes.options import Options
 
-_ELEMENT_BYTES = {"f32": 4, "bf16": 2, "i8": 1}
+_ELEMENT_BYTES = {"f32": 4, "bf16": 2, "fp8": 1, "i8": 1}
 _VALUE_PADDING = 16
 
 
-def head_bytes(dtype: str, block_size: int, head_dim: int) -> int:
+def head_bytes(dtype: str, target: Target, head_dim: int) -> int:
     """Bytes of one KV head of one layer in a block (plugins/README.md)."""
-    elements = block_size * (head_dim + round_up(head_dim, _VALUE_PADDING))
-    scales = 2 * 2 * block_size if dtype == "i8" else 0
-    return elements * _ELEMENT_BYTES[dtype] + scales
+    value_width = head_dim if target.is_cuda else round_up(head_dim, _VALUE_PADDING)
+    scales = 2 * 2 if dtype in ("i8", "fp8") else 0
+    return target.block_size * ((head_dim + value_width) * _ELEMENT_BYTES[dtype] + scales)
 
 
 def state_groups(config: Config, options: Options) -> tuple[StateGroup, ...]:
@@ -33,7 +34,7 @@ def state_groups(config: Config, options: Options) -> tuple[StateGroup, ...]:
                 window=window,
                 layers=layers,
                 block_size=block_size,
-                block_bytes=layers * kv_heads * head_bytes(options.kv_dtype, block_size, config.head_dim),
+                block_bytes=layers * kv_heads * head_bytes(options.kv_dtype, options.target, config.head_dim),
                 num_kv_heads=kv_heads,
                 head_dim=config.head_dim,
                 dtype=options.kv_dtype,

@@ -13,7 +13,13 @@ from ..graph.builder import DOMAIN, GraphBuilder, dimensions, make_node
 from ..graph.rewrite import is_ours, users
 from .options import Options
 
-_TYPES = {"f32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16, "int8": ir.DataType.INT8}
+_TYPES = {
+    "f32": ir.DataType.FLOAT,
+    "bf16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+}
+_SCALED = ("int8", "fp8")
 
 
 def quantize(g: GraphBuilder, options: Options) -> None:
@@ -41,7 +47,7 @@ def _quantize_input(graph: ir.Graph, linear: ir.Node, activation: str) -> None:
     if source is None or not is_ours(source, "Quantize"):
         source = _quantized(graph, x, linear, activation)
     linear.replace_input_with(0, source.outputs[0])
-    if activation == "int8":
+    if activation in _SCALED:
         linear.resize_inputs(5)
         linear.replace_input_with(4, source.outputs[1])
 
@@ -52,7 +58,7 @@ def _quantized(graph: ir.Graph, x: ir.Value, linear: ir.Node, activation: str) -
     if found is not None:
         return found
     outputs: list[tuple[list[int | str], ir.DataType]] = [(dimensions(x), _TYPES[activation])]
-    if activation == "int8":
+    if activation in _SCALED:
         outputs.append(([dimensions(x)[0]], ir.DataType.FLOAT))
     producer = x.producer()
     node = make_node("Quantize", [x], outputs, f"{x.name}.{activation}", DOMAIN, {"precision": activation})

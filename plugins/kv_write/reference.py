@@ -62,10 +62,20 @@ def round_state(x: Array, kv_dtype: str) -> Array:
         bits = x.astype(np.float32).view(np.uint32)
         nearest = bits + 0x7FFF + ((bits >> 16) & 1)
         return (nearest & np.uint32(0xFFFF0000)).view(np.float32)
-    if kv_dtype == "i8":
-        exact = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    if kv_dtype in ("fp8", "i8"):
+        largest = np.float32(448 if kv_dtype == "fp8" else 127)
+        exact = np.abs(x).max(axis=-1, keepdims=True) / largest
         scale = exact.astype(np.float16).astype(np.float32)
         safe = np.where(scale > 0, scale, np.float32(1))
-        rounded: Array = (np.clip(np.rint(x / safe), -127, 127) * scale).astype(np.float32)
+        values = np.clip(x / safe, -largest, largest)
+        rounded: Array = ((_round_e4m3(values) if kv_dtype == "fp8" else np.rint(values)) * scale).astype(np.float32)
         return rounded
     return x
+
+
+def _round_e4m3(x: Array) -> Array:
+    """|x| <= 448 as e4m3 holds it: three bits of mantissa, the smallest normal number 2^-6, ties to even."""
+    _, exponent = np.frexp(x)
+    step = np.exp2(np.maximum(exponent - 1, -6) - 3).astype(np.float32)
+    rounded: Array = (np.rint(x / step) * step).astype(np.float32)
+    return rounded

@@ -23,11 +23,20 @@ def rms_norm(
     return out, x
 
 
-def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """f32 [M, K] -> (int8 [M, K], f32 scale [M]): scale = absmax / 127, values round half to even."""
-    scale = (np.abs(x).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
+def quantize_rows(x: Array, kind: str = "i8") -> tuple[Array, Array]:
+    """f32 [M, K] -> (int8 or e4m3 [M, K], f32 scale [M]): scale = absmax / 127 or / 448, values round half to even.
+
+    kind: i8 or fp8.
+    """
+    largest = np.float32(127 if kind == "i8" else 448)
+    scale = (np.abs(x).max(axis=1, initial=0) / largest).astype(np.float32)
     safe = np.where(scale > 0, scale, np.float32(1))
-    return np.clip(np.rint(x / safe[:, None]), -127, 127).astype(np.int8), scale
+    quotients = np.clip(x / safe[:, None], -largest, largest)
+    if kind == "i8":
+        return np.rint(quotients).astype(np.int8), scale
+    import ml_dtypes
+
+    return quotients.astype(ml_dtypes.float8_e4m3fn), scale
 
 
 def _norm(x: Array, eps: float) -> Array:

@@ -30,6 +30,16 @@ _TYPES = {
 }
 
 
+_FLOATS: dict[Any, Any] = {
+    tl.float32: np.dtype(np.float32),
+    tl.float16: np.dtype(np.float16),
+    tl.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn),
+}
+# What the interpreter holds as bits.
+_RAW: dict[Any, Any] = {tl.bfloat16: np.dtype(np.uint16), tl.float8e4nv: np.dtype(np.uint8)}
+
+
 class Pointer:
     """A NumPy array as the interpreter wants its tensors; `type` as Triton spells it."""
 
@@ -46,7 +56,6 @@ def launch(
     kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, NDArray[Any] | Pointer | int | float | None]
 ) -> None:
     """Runs every program of the grid, one after the other. Arguments are changed in place."""
-    module = importlib.import_module(f"enginery.plugins.{kernel.plugin}.triton")
     given = {}
     for name, kind in kernel.parameters:
         value = arguments[name]
@@ -56,14 +65,23 @@ def launch(
         given[name] = value
     unknown = set(arguments) - set(given)
     assert not unknown, f"{kernel.name} has no parameters {unknown}"
-    getattr(module, kernel.function)[grid](**given, **dict(kernel.constants))
+    run_kernel(kernel, grid, given)
+
+
+def run_kernel(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    """Runs every program of the grid; arguments are what the interpreter takes."""
+    module = importlib.import_module(f"enginery.plugins.{kernel.plugin}.triton")
+    # Nothing runs beside the programs: there is nobody to wait for.
+    constants = {name: False if name == "PDL" else value for name, value in kernel.constants}
+    getattr(module, kernel.function)[grid](**arguments, **constants)
 
 
 def repair() -> None:
-    """Makes the interpreter's bfloat16 what a GPU's is, and lets it take NumPy arrays."""
+    """Makes the interpreter's bfloat16 and fp8 what a GPU's are, and lets it take NumPy arrays."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "conftest.py sets it before Triton is imported"
     builder = interpreter.InterpreterBuilder
     plain_binary, plain_cast, patch_tensor = builder.binary_op, builder.cast_impl, interpreter._patch_lang_tensor
+    plain_integer = builder.create_si_to_fp
 
     def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
         if left.dtype.scalar != tl.bfloat16:
@@ -74,9 +92,18 @@ def repair() -> None:
         return interpreter.TensorHandle(_round(result), tl.bfloat16)
 
     def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
-        if source.dtype.scalar == tl.float32 and wanted.scalar == tl.bfloat16:
+        converted = _convert(source, wanted)
+        return plain_cast(self, source, wanted) if converted is None else converted
+
+    def create_fp_to_fp(self: Any, source: Any, wanted: Any, rounding: Any) -> Any:
+        converted = _convert(source, wanted)
+        assert converted is not None, f"no kernel converts {source.dtype} to {wanted}"
+        return converted
+
+    def create_si_to_fp(self: Any, source: Any, wanted: Any) -> Any:
+        if wanted.scalar == tl.bfloat16:
             return interpreter.TensorHandle(_round(source.data), tl.bfloat16)
-        return plain_cast(self, source, wanted)
+        return plain_integer(self, source, wanted)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, max_num_imprecise_acc: Any) -> Any:
         product = np.matmul(_exact(a), _exact(b)).astype(d.data.dtype)
@@ -87,11 +114,24 @@ def repair() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # NumPy 2.4 wants scalars
 
     builder.binary_op, builder.cast_impl, builder.create_dot = binary_op, cast_impl, create_dot
+    builder.create_fp_to_fp, builder.create_si_to_fp = create_fp_to_fp, create_si_to_fp
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(builder, name, lambda self, source, wanted: self.cast_impl(source, wanted))
     interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.GridExecutor._init_args_hst = lambda self, positional, named: (list(positional), dict(named))
     interpreter.GridExecutor._restore_args_dev = lambda self, *arguments: None
+
+
+def _convert(handle: Any, wanted: Any) -> Any:
+    """A float tensor in another float type, rounded to nearest even; None for other types."""
+    source, kind = _FLOATS.get(handle.dtype.scalar), _FLOATS.get(wanted.scalar)
+    if source is None or kind is None:
+        return None
+    values = np.ascontiguousarray(handle.data)
+    if values.dtype != source:
+        values = values.view(source)
+    converted = values.astype(kind)
+    return interpreter.TensorHandle(converted.view(_RAW.get(wanted.scalar, kind)), wanted.scalar)
 
 
 def _widen(handle: Any) -> NDArray[np.float32]:

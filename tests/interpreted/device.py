@@ -1,0 +1,150 @@
+"""A GPU of NumPy arrays: runs whole plans launch by launch, through Triton's interpreter.
+
+Memory is poisoned before every step, so that what nobody has written shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from enginery.engines.expressions import evaluate
+from enginery.engines.plan import Launch, Operand, Plan, plan_arena
+from enginery.engines.weights import read_weights_header
+from enginery.plugins.launches import Kernel
+from numpy.typing import NDArray
+
+from .interpreter import run_kernel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New tokens of one sequence, of which `known` are computed already. blocks: of each state group."""
+
+    token_ids: list[int]
+    known: int
+    prompt_length: int
+    blocks: list[int]
+
+
+class Address:
+    """Somewhere in a NumPy array of bytes, with the type that a kernel reads there."""
+
+    def __init__(self, array: NDArray[Any], offset: int, kind: str) -> None:
+        assert array.flags.c_contiguous
+        self.array, self.dtype, self._address = array, kind.removeprefix("*"), array.ctypes.data + offset
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self._address
+
+
+class Device:
+    """Holds the memory of one rank. num_blocks: of each state group."""
+
+    def __init__(
+        self, plan: Plan, kernels: tuple[Kernel, ...], weights: Path, limits: dict[str, int], num_blocks: int
+    ) -> None:
+        self.plan, self.limits = plan, limits
+        self._kernels = {kernel.name: kernel for kernel in kernels}
+        self._weights = np.fromfile(weights, np.uint8)
+        self._placed = read_weights_header(weights).placed
+        self._arena_plan = plan_arena(plan, limits)
+        self._arena = np.zeros(self._arena_plan.arena_bytes, np.uint8)
+        # Caches of 8 bits are zero at load, since their NaNs would be multiplied; others need no such care.
+        self._state = [
+            np.full(num_blocks * group.block_bytes, 0xFF if group.dtype == "bf16" else 0, np.uint8)
+            for group in plan.state_groups
+        ]
+        self._block_size = plan.state_groups[0].block_size
+
+    def step(self, pieces: list[Piece], rows: list[int]) -> NDArray[np.float32]:
+        """Logits [rows, vocab] of a step; rows are indices of its packed tokens."""
+        self._poison()
+        inputs, variables = self._inputs(pieces, rows)
+        for launch in self.plan.forward:
+            assert isinstance(launch, Launch)
+            if all(part.low <= variables[part.variable] <= part.high for part in launch.guard):
+                self._launch(launch, inputs, variables)
+        logits = self.plan.logits
+        start = self._arena_plan.offsets[logits.buffer]
+        data = self._arena[start : start + len(rows) * logits.stride * 4].view(np.float32)
+        return data.reshape(len(rows), logits.stride)[:, : logits.columns].copy()
+
+    def _poison(self) -> None:
+        zeroed = {buffer.name: self._view(buffer.name) for buffer in self.plan.buffers if buffer.zeroed}
+        assert not any(view.any() for view in zeroed.values()), "a launch left its counters behind"
+        self._arena[:] = 0xFF
+        for view in zeroed.values():
+            view[:] = 0
+
+    def _view(self, name: str) -> NDArray[np.uint8]:
+        start = self._arena_plan.offsets[name]
+        return self._arena[start : start + self._arena_plan.sizes[name]]
+
+    def _inputs(self, pieces: list[Piece], rows: list[int]) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+        token_ids, positions, lengths, sequences, slots, decodes, tiles = [], [], [], [], [], [], []
+        for index, piece in enumerate(pieces):
+            first = len(token_ids)
+            if len(piece.token_ids) == 1:
+                decodes.append(first)
+            else:
+                for start in range(0, len(piece.token_ids), self.plan.tile_tokens):
+                    tiles.append((first + start, min(self.plan.tile_tokens, len(piece.token_ids) - start)))
+            for offset, token in enumerate(piece.token_ids):
+                position = piece.known + offset
+                token_ids.append(token)
+                positions.append(position)
+                lengths.append(piece.prompt_length)
+                sequences.append(index)
+                block = piece.blocks[position // self._block_size]
+                slots.append(block * self._block_size + position % self._block_size)
+        table = np.full((len(pieces), self.limits["max_blocks"]), -1, np.int32)
+        for index, piece in enumerate(pieces):
+            table[index, : len(piece.blocks)] = piece.blocks
+        inputs = {
+            "token_ids": token_ids,
+            "positions": positions,
+            "prompt_lengths": lengths,
+            "token_sequence": sequences,
+            "rows": rows,
+            "decode_tokens": decodes or [0],
+            "tiles": tiles or [(0, 0)],
+        }
+        arrays: dict[str, NDArray[Any]] = {name: np.array(values, np.int32) for name, values in inputs.items()}
+        arrays |= {"slots": np.array(slots, np.int64), "block_table": table}
+        variables = {
+            "tokens": len(token_ids),
+            "rows": len(rows),
+            "sequences": len(pieces),
+            "decodes": len(decodes),
+            "tiles": len(tiles),
+            "max_blocks": self.limits["max_blocks"],
+        }
+        return arrays, variables
+
+    def _launch(self, launch: Launch, inputs: dict[str, NDArray[Any]], variables: dict[str, int]) -> None:
+        kernel = self._kernels[launch.kernel]
+        grid = tuple(evaluate(size, variables) for size in launch.grid)
+        arguments: dict[str, Any] = {}
+        for name, kind in kernel.parameters:
+            item = launch.arguments[name]
+            if isinstance(item, Operand):
+                arguments[name] = self._address(item, kind, inputs)
+            else:
+                arguments[name] = item.value if kind == "fp32" else evaluate(item.value, variables)  # type: ignore[arg-type]
+        run_kernel(kernel, grid, arguments)
+
+    def _address(self, operand: Operand, kind: str, inputs: dict[str, NDArray[Any]]) -> Address:
+        if operand.kind == "buffer":
+            return Address(self._arena, self._arena_plan.offsets[operand.name] + operand.offset, kind)
+        if operand.kind == "weight":
+            return Address(self._weights, self._placed[operand.name].offset + operand.offset, kind)
+        if operand.kind == "input":
+            return Address(inputs[operand.name], 0, kind)
+        names = [group.name for group in self.plan.state_groups]
+        group = self.plan.state_groups[names.index(operand.name)]
+        layer_bytes = group.block_bytes // group.layers
+        return Address(self._state[names.index(operand.name)], operand.layer * layer_bytes, kind)
