@@ -108,8 +108,8 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     target = find_target(request.target)
     if target.is_cuda and request.tensor_parallel_size > 1:
         raise CompileError(
-            f"--tensor-parallel-size {request.tensor_parallel_size}: not implemented for {target.name} yet, only for CPU "
-            f"targets. Leave it out."
+            f"--tensor-parallel-size {request.tensor_parallel_size}: not implemented for {target.name} yet, only for "
+            f"CPU targets. Leave it out."
         )
     precision = find_precision(request.precision, target)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)

@@ -81,7 +81,7 @@ def quantize_fp8(w: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def encode_rows(w: NDArray[np.float32], layout: str) -> tuple[Array, NDArray[np.float32]]:
-    """float32 [N, K] -> rows of a layout without panels, padded along K, and their scales (of a layout that has them)."""
+    """float32 [N, K] -> rows of a layout without panels, padded along K, and their scales (if it has them)."""
     rows: Array
     scale = np.zeros(len(w), np.float32)
     if layout == "rows_f32.v0":

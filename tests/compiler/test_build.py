@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,3 +375,166 @@ def test_a_fifo_is_no_weights_file(copy: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").unlink()
     os.mkfifo(copy / "model.safetensors")
     refused(CheckpointError, "no \\*.safetensors file", copy, tmp_path)
+
+
+def _rename(directory: Path, rename: Callable[[str], str | None], **more: torch.Tensor) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file({name: tensor for name, tensor in renamed.items() if name} | more, directory / "model.safetensors")
+
+
+def weights_of(model: Path, output: Path) -> bytes:
+    return (compile_to(model, output, precision="fp32") / "weights.rank0.safetensors").read_bytes()
+
+
+def test_names_without_the_prefix_are_those_of_a_base_model(copy: Path, checkpoint: Path, tmp_path: Path) -> None:
+    _rename(copy, lambda name: name.removeprefix("model."))
+    read = [
+        read_weights_header(compile_to(model, tmp_path / name, precision="fp32") / "weights.rank0.safetensors")
+        for name, model in (("prefixed", checkpoint), ("base", copy))
+    ]
+    assert {name: placed.tensor.layout for name, placed in read[0].placed.items()} == {
+        name: placed.tensor.layout for name, placed in read[1].placed.items()
+    }
+
+
+def test_what_old_checkpoints_store_beside_is_no_obstacle(copy: Path, checkpoint: Path, tmp_path: Path) -> None:
+    _rename(copy, lambda name: name, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert weights_of(copy, tmp_path / "old") == weights_of(checkpoint, tmp_path / "new")
+
+
+def test_a_tied_head_that_is_stored_too_is_not_used(tmp_path: Path) -> None:
+    for name in ("tied", "stored"):
+        make_checkpoint("qwen3", tmp_path / name)
+    _rename(tmp_path / "tied", lambda name: None if name == "lm_head.weight" else name)
+    _rename(tmp_path / "stored", lambda name: name, **{"lm_head.weight": torch.ones(301, 48)})
+    assert weights_of(tmp_path / "tied", tmp_path / "a") == weights_of(tmp_path / "stored", tmp_path / "b")
+
+
+def _integers(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_a_type_that_is_not_implemented_is_refused_where_it_is_used(copy: Path, tmp_path: Path) -> None:
+    _integers(copy)
+    refused(CheckpointError, "model.norm.weight: stored as I8; implemented are F32, BF16, F16", copy, tmp_path)
+
+
+def test_the_manifest_says_what_was_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    options = {"precision": "bf16", "kv_cache_dtype": "int8", "max_model_len": 100, "tensor_parallel_size": 2}
+    with prepare(BuildRequest(str(checkpoint), tmp_path / "e", target="cpu-avx512", **options)) as prepared:
+        planned = prepared.memory(num_threads=1)
+        manifest = read_manifest(build(prepared))
+    assert (manifest.target, manifest.precision, manifest.kv_cache_dtype) == ("cpu-avx512", "bf16", "int8")
+    assert (manifest.default_max_model_len, manifest.model.max_model_len) == (100, 256)
+    assert (manifest.tensor_parallel_size, manifest.model.vocab_size) == (2, 301)
+    assert (manifest.model.architecture, manifest.model.source, manifest.model.revision) == (
+        "llama",
+        checkpoint.name,
+        "",
+    )
+    stored = load_file(checkpoint / "model.safetensors")
+    assert manifest.model.num_parameters == sum(tensor.numel() for tensor in stored.values())
+    assert manifest.memory == {
+        "weights": planned.weights,
+        "activations": planned.activations,
+        "state_per_token": planned.state_bytes_per_token,
+    }
+    files = [tmp_path / "e" / f"weights.rank{rank}.safetensors" for rank in (0, 1)]
+    assert manifest.memory["weights"] == sum(file.stat().st_size for file in files)
+
+
+def test_the_tokenizers_files_come_along(checkpoint: Path, tmp_path: Path) -> None:
+    engine = compile_to(checkpoint, tmp_path / "e")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (engine / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+def test_int8_kernels_read_what_their_target_multiplies(checkpoint: Path, tmp_path: Path) -> None:
+    for target, dtype in (("cpu-avx2", "i8"), ("cpu-avx512-vnni", "u8")):
+        engine = compile_to(checkpoint, tmp_path / target, target=target, precision="int8")
+        plan = decode_plan((engine / "plan.rank0.msgpack").read_bytes(), "plan")
+        assert {buffer.dtype for buffer in plan.buffers} == {"f32", dtype}
+
+
+def test_few_rows_and_many_take_one_way_each(checkpoint: Path, tmp_path: Path) -> None:
+    """Of the two variants of a norm and its product exactly one runs, whatever the step."""
+    engine = compile_to(checkpoint, tmp_path / "e", precision="int8")
+    plan = decode_plan((engine / "plan.rank0.msgpack").read_bytes(), "plan")
+    for count in (1, 4, 5, 64, 100_000):
+        runs = [call for call in plan.forward if all(guard.low <= count <= guard.high for guard in call.guard)]
+        written = [o.name for call in runs for o in call.operands.values() if o.kind == "buffer" and o.access == "w"]
+        assert len(written) == len(set(written))
+        assert sum(call.op == "linear" for call in runs) == 4 * 3 + 1 + 1
+        private = {buffer.name for buffer in plan.buffers if buffer.per_thread}
+        assert bool(private & set(written)) == (count <= 4)
+
+
+def test_buffers_share_memory(checkpoint: Path, tmp_path: Path) -> None:
+    engine = compile_to(checkpoint, tmp_path / "e", precision="int8")
+    buffers = decode_plan((engine / "plan.rank0.msgpack").read_bytes(), "plan").buffers
+    assert len({buffer.slot for buffer in buffers}) < len(buffers) / 2
+
+
+def test_a_build_that_another_is_making_is_left_to_it(checkpoint: Path, tmp_path: Path) -> None:
+    with prepare(BuildRequest(str(checkpoint), tmp_path / "out", target="cpu-avx2")) as prepared:
+
+        def interfere(count: int) -> None:
+            with pytest.raises(CompileError, match="another build is writing it now"):
+                compile_to(checkpoint, tmp_path / "out")
+
+        build(prepared, interfere)
+    read_manifest(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_build_left_goes(checkpoint: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.building"
+    (partial / "directory").mkdir(parents=True)
+    (partial / "directory" / "file").touch()
+    (partial / "leftover").touch()
+    engine = compile_to(checkpoint, tmp_path / "out")
+    assert {path.name for path in engine.iterdir()} == {MANIFEST, *read_manifest(engine).files}
+
+
+def test_a_link_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    engine = compile_to(checkpoint, tmp_path / "engine")
+    for name, to in (("link", engine), ("dangling", tmp_path / "nothing")):
+        (tmp_path / name).symlink_to(to)
+        with pytest.raises(CompileError, match="exists"):
+            compile_to(checkpoint, tmp_path / name)
+        with pytest.raises(CompileError, match="is no engine"):
+            compile_to(checkpoint, tmp_path / name, force=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(CompileError, match="is no engine"):
+        compile_to(checkpoint, tmp_path / "file", force=True)
+    read_manifest(engine)
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
+    monkeypatch.setattr("enginery.compiler.build.write_weights", None)
+    refused(CompileError, "the disk is full: the engine needs", checkpoint, tmp_path)
+
+
+def test_a_checkpoint_of_the_hub_is_told_by_its_id_and_revision(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, allow_patterns: str(checkpoint))
+    with prepare(BuildRequest("owner/name", tmp_path / "e", target="cpu-avx2")) as prepared:
+        model = read_manifest(build(prepared)).model
+    assert (model.source, model.revision) == ("owner/name", checkpoint.name)
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_to(checkpoint, tmp_path / "engine")
+    monkeypatch.setattr("enginery.compiler.build.write_weights", None)
+    with pytest.raises(CompileError, match=r"exists\. Choose another directory"):
+        compile_to(checkpoint, tmp_path / "engine")

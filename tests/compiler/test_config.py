@@ -106,6 +106,90 @@ def test_windows_are_those_of_the_layers(tmp_path: Path) -> None:
     assert read(tmp_path, model_type="qwen3", sliding_window=7).windows == (0,) * 4
 
 
+@pytest.mark.parametrize(
+    ("model_type", "wanted"),
+    [
+        ("llama", {"num_kv_heads": 64, "head_dim": 8, "tied": False, "activation": "silu", "scale": 8**-0.5}),
+        ("mistral", {"num_kv_heads": 8, "head_dim": 8, "windows": (4096,) * 4, "attention_bias": False}),
+        ("qwen2", {"num_kv_heads": 32, "head_dim": 8, "attention_bias": True, "output_bias": False}),
+        ("qwen3", {"num_kv_heads": 32, "head_dim": 128, "attention_bias": False, "scale": 128**-0.5}),
+        ("phi3", {"num_kv_heads": 64, "head_dim": 8, "windows": (0,) * 4}),
+        ("gemma3_text", {"num_kv_heads": 4, "head_dim": 256, "tied": True, "activation": "gelu_tanh", "scale": 1 / 16}),
+    ],
+)
+def test_keys_left_out_mean_what_transformers_means(model_type: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    config = read(tmp_path, ("num_key_value_heads",), model_type=model_type, hidden_size=512, num_attention_heads=64)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert (config.rms_norm_eps, config.attention_softcap, config.logits_softcap) == (1e-6, 0.0, 0.0)
+
+
+def test_keys_of_gemma_left_out_mean_what_transformers_means(tmp_path: Path) -> None:
+    config = read(tmp_path, model_type="gemma3_text", num_hidden_layers=13)
+    assert config.windows == ((4096,) * 5 + (0,)) * 2 + (4096,)
+    sliding, full = (config.rope_tables[config.ropes[layer]].frequencies[1] for layer in (0, 5))
+    assert (sliding, full) == pytest.approx((10_000.0 ** (-1 / 128), 1_000_000.0 ** (-1 / 128)))
+
+
+def test_what_a_config_says_is_honoured(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        **_GEMMA,
+        rms_norm_eps=1e-3,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        max_position_embeddings=77,
+        hidden_act="silu",
+        hidden_activation="gelu_pytorch_tanh",
+    )
+    assert (config.rms_norm_eps, config.scale, config.tied) == (1e-3, 1 / 8, False)
+    assert (config.attention_softcap, config.logits_softcap) == (50.0, 30.0)
+    assert (config.attention_bias, config.output_bias, config.max_model_len) == (True, True, 77)
+    assert config.activation == "gelu_tanh"
+    qwen = read(tmp_path, model_type="qwen3", attention_bias=True)
+    assert (qwen.attention_bias, qwen.output_bias, qwen.mlp_bias) == (True, True, False)
+    llama = read(tmp_path, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    assert (llama.attention_bias, llama.output_bias, llama.mlp_bias, llama.tied) == (True, True, True, True)
+    assert read(tmp_path, model_type="phi3", sliding_window=9).windows == (9,) * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_new", "gelu_tanh")],
+)
+def test_activations_have_several_names(name: str, activation: str, tmp_path: Path) -> None:
+    assert read(tmp_path, hidden_act=name).activation == activation
+
+
+def test_null_is_as_good_as_missing(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("rms_norm_eps", "hidden_act", "head_dim", "rope_scaling", "tie_word_embeddings", "moons"))
+    assert read(tmp_path, **nothing) == read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_early_names_of_longrope_are_read(kind: str, tmp_path: Path) -> None:
+    (table,) = read(tmp_path, model_type="phi3", rope_scaling={"type": kind, **_LONG}).rope_tables
+    assert table.kind == "longrope"
+
+
+def test_windows_of_qwen_need_their_switch_and_a_layer_that_has_one(tmp_path: Path) -> None:
+    window: dict[str, Any] = {"model_type": "qwen2", "sliding_window": 9}
+    assert read(tmp_path, **window).windows == (0,) * 4
+    assert read(tmp_path, **window, use_sliding_window=False, max_window_layers=0).windows == (0,) * 4
+    assert read(tmp_path, **window, use_sliding_window=True).windows == (0,) * 4  # max_window_layers is 28
+    assert read(tmp_path, **window, use_sliding_window=True, max_window_layers=2).windows == (0, 0, 9, 9)
+    assert read(tmp_path, **window, use_sliding_window=True, max_window_layers=0).windows == (9,) * 4
+    assert read(tmp_path, model_type="qwen2", use_sliding_window=True, max_window_layers=0).windows == (4096,) * 4
+
+
+def test_layers_of_one_rope_share_its_table(tmp_path: Path) -> None:
+    alike = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    assert len(read(tmp_path, **_GEMMA).rope_tables) == 2
+    assert len(read(tmp_path, **_GEMMA, rope_parameters=alike).rope_tables) == 1
+
+
 def test_scaled_ropes_reach_further(tmp_path: Path) -> None:
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     assert read(tmp_path).max_model_len == 128
@@ -134,6 +218,19 @@ def test_scaled_ropes_reach_further(tmp_path: Path) -> None:
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 4}, "layer_types"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "use_mrope": True}, "use_mrope"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "wanted 4 of full_attention"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "sliding_window"),
+        ({"model_type": "phi3", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "phi3", "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "phi3", "lm_head_bias": True}, "lm_head_bias"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"vocab_size": 2**31}, "vocab_size"),
+        ({"rms_norm_eps": 1e39}, "rms_norm_eps"),
     ],
 )  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -155,6 +252,7 @@ def test_what_is_missing_is_named(key: str, tmp_path: Path) -> None:
 
 
 def test_bookkeeping_is_no_obstacle(tmp_path: Path) -> None:
+    read(tmp_path, unknown_switch=False, _unknown=5)
     read(tmp_path, transformers_version="9.9", torch_dtype="float16", _name_or_path="x", use_cache=True, max_length=20)
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from enginery.engines.errors import EngineFormatError
 from enginery.engines.files import is_plain_name, read_bounded
-from enginery.engines.manifest import MANIFEST, FileEntry, Manifest, Model, encode_manifest, hash_file, read_manifest
+from enginery.engines.manifest import (
+    LARGEST_MANIFEST_BYTES,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Model,
+    RunningHash,
+    encode_manifest,
+    hash_file,
+    read_manifest,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 SHA = "0" * 64
 FILES = {
@@ -55,6 +69,24 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         (lambda d: d["files"]["weights.rank0.safetensors"].update(chunks=[SHA, SHA]), "chunks"),
         (lambda d: d["mesh"].update(tensor_parallel_size=2), "2 ranks"),
         (lambda d: d["model"].update(vocab_size=0), "vocab_size"),
+        (lambda d: d["model"].update(vocab_size=1 << 25), "vocab_size"),
+        (lambda d: d["model"].update(max_model_len=0), r"model\.max_model_len"),
+        (lambda d: d["model"].update(max_model_len=1 << 32), r"model\.max_model_len"),
+        (lambda d: d.update(max_model_len=0), r"manifest\.json\.max_model_len"),
+        (lambda d: d.update(max_model_len=1 << 32), r"manifest\.json\.max_model_len"),
+        (lambda d: d["versions"].pop("kernels"), "'kernels' is missing"),
+        (lambda d: d["versions"].update(kernels=1), "kernels version 1 is newer than 0"),
+        (lambda d: d["mesh"].update(ranks=[{"rank": 1, "tp": 1}]), "1 ranks"),
+        (lambda d: d["mesh"].update(tensor_parallel_size=0, ranks=[]), "tensor_parallel_size"),
+        (lambda d: d["files"].pop("weights.rank0.safetensors"), "weights of rank 0"),
+        (lambda d: d["files"].pop("config.json"), "the role config"),
+        (lambda d: d["files"].pop("tokenizer.json"), "the role tokenizer"),
+        (lambda d: d["files"]["config.json"].update(rank=1024), "rank"),
+        (lambda d: d["files"]["config.json"].update(sha256=SHA + "0"), "sha256 in hex"),
+        (lambda d: d["files"]["config.json"].update(sha256=SHA.replace("0", "A")), "sha256 in hex"),
+        (lambda d: d["files"]["weights.rank0.safetensors"].update(chunks=["x"]), r"chunks\[0\]: wanted a sha256"),
+        (lambda d: d["files"].update({f"f{i}": d["files"]["config.json"] for i in range(5000)}), "at most 4096"),
+        (lambda d: d["memory"].update(weights=-1), r"memory\.weights"),
     ],
 )
 def test_damaged_manifests_are_refused_by_name(change: Any, reason: str, tmp_path: Path) -> None:
@@ -69,11 +101,37 @@ def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_files_are_found_by_their_role_and_rank() -> None:
+    second = {name.replace("rank0", "rank1"): replace(file, rank=1) for name, file in FILES.items() if file.rank == 0}
+    engine = replace(ENGINE, files=FILES | second)
+    assert [engine.of_role("plan", rank) for rank in range(3)] == ["plan.rank0.msgpack", "plan.rank1.msgpack", None]
+    assert (engine.of_role("config"), engine.of_role("plan"), engine.of_role("template")) == ("config.json", None, None)
+    assert engine.total_bytes() == 3 + 5 + 2 + 2 + 3 + 5
+
+
+def test_bytes_do_not_depend_on_the_order_of_files() -> None:
+    assert encode_manifest(replace(ENGINE, files=dict(reversed(FILES.items())))) == encode_manifest(ENGINE)
+
+
+def test_names_stay_readable() -> None:
+    named = replace(ENGINE, model=replace(ENGINE.model, source="模型"))
+    assert "模型".encode() in encode_manifest(named)
+
+
+def test_a_manifest_of_another_size_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(encode_manifest(ENGINE) + b" " * LARGEST_MANIFEST_BYTES)
+    with pytest.raises(EngineFormatError, match=f"at most {LARGEST_MANIFEST_BYTES}"):
+        read_manifest(tmp_path)
+
+
 def test_a_directory_without_a_manifest_is_no_engine(tmp_path: Path) -> None:
     with pytest.raises(EngineFormatError, match="build-engine MODEL"):
         read_manifest(tmp_path)
     with pytest.raises(EngineFormatError, match="does not exist"):
         read_manifest(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineFormatError, match="is not a directory"):
+        read_manifest(tmp_path / "file")
 
 
 def _directory(path: Path) -> None:
@@ -117,3 +175,22 @@ def test_weights_are_hashed_by_chunks_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert (entry.size, len(entry.chunks)) == (10, 3)
     assert entry.chunks == tuple(hashlib.sha256(part).hexdigest() for part in (b"0123", b"4567", b"89"))
     assert not hash_file(tmp_path / "w", "config", "json").chunks
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.binary(max_size=40)), max_size=8), st.integers(1, 50))
+def test_a_file_is_hashed_while_it_is_written(pieces: list[tuple[int, bytes]], chunk_bytes: int) -> None:
+    """Each piece after a gap, which holds zeros."""
+    running, content = RunningHash(chunk_bytes), b""
+    for gap, data in pieces:
+        running.update(memoryview(data), len(content) + gap)
+        content += bytes(gap) + data
+    chunks = [content[start : start + chunk_bytes] for start in range(0, max(len(content), 1), chunk_bytes)]
+    assert running.digests() == tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks)
+
+
+def test_a_long_gap_is_hashed_as_zeros() -> None:
+    running = RunningHash()
+    running.update(b"x", 1_000_000)
+    running.update(np.arange(3, dtype=np.int32).data, 1_000_001)
+    content = bytes(1_000_000) + b"x" + np.arange(3, dtype=np.int32).tobytes()
+    assert running.digests() == (hashlib.sha256(content).hexdigest(),)

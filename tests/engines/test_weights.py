@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from enginery.engines.errors import EngineFormatError
 from enginery.engines.layouts import LAYOUTS
-from enginery.engines.weights import Tensor, lay_out, read_weights_header
+from enginery.engines.weights import LARGEST_HEADER, Tensor, lay_out, read_weights_header
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -74,6 +74,17 @@ def _edit_meanings(document: dict[str, Any], old: str, new: str) -> None:
         (lambda d: d["big"].update(data_offsets=[-1, 5]), "offset"),
         (lambda d: d["big"].update(data_offsets=[65536, 65536]), "does not make"),
         (lambda d: d["norm"].update(dtype="F32"), "U8"),
+        (lambda d: d["norm"].update(data_offsets=[0]), "U8"),
+        (lambda d: d["norm"].update(data_offsets=[308, 0]), "outside the file"),
+        (lambda d: d["norm"].update(data_offsets=[0, 1 << 50]), "offset"),
+        (lambda d: d["norm"].update(data_offsets=[True, 308]), "offset"),
+        (lambda d: d["norm"].update(moon=1), "unknown field 'moon'"),
+        (lambda d: d.update({".pad.9": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}), "overlap"),
+        (lambda d: d["__metadata__"].update(tensors=5), "not that of an enginery weights file"),
+        (lambda d: d.update(__metadata__=[]), "not that of an enginery weights file"),
+        (lambda d: _edit_meanings(d, "[1,77]", "[77]"), "does not make"),
+        (lambda d: _edit_meanings(d, "[1,77]", "[1,-77]"), "offset"),
+        (lambda d: _edit_meanings(d, '"norm"', '"nose"'), "'norm' is missing"),
         (lambda d: d.pop("norm"), "overlap or leave a hole"),
         (lambda d: d.update(extra={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}), "extra"),
         (lambda d: d.pop("__metadata__"), "not that of an enginery weights file"),
@@ -104,3 +115,31 @@ def test_a_header_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
     path.write_bytes((1 << 50).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(EngineFormatError, match="truncated or damaged"):
         read_weights_header(path)
+
+
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.safetensors")
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(EngineFormatError, match="its tensors end at byte"):
+        read_weights_header(path)
+
+
+def test_tensors_may_stand_in_any_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.safetensors")
+    _with_header(path, dict(reversed(_header(path).items())))
+    assert read_weights_header(path).placed == lay_out(TENSORS).placed
+
+
+def test_a_large_header_is_refused_though_the_file_is_larger(tmp_path: Path) -> None:
+    with open(tmp_path / "w.safetensors", "wb") as file:
+        file.write((LARGEST_HEADER + 1).to_bytes(8, "little"))
+        file.truncate(LARGEST_HEADER << 1)
+    with pytest.raises(EngineFormatError, match="header of"):
+        read_weights_header(tmp_path / "w.safetensors")
+
+
+def test_data_begins_where_a_mapping_is_aligned() -> None:
+    """On 64 KiB of the file where there is as much data, else on a page: a small engine stays small."""
+    small = lay_out(TENSORS[:1])
+    assert (small.placed["norm"].offset, small.size) == (4096, 8192)
+    assert len(lay_out(TENSORS).header) == 65536

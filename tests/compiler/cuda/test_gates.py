@@ -18,7 +18,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("target", "precision", "kv_cache_dtype"), builds(), ids=lambda item: str(getattr(item, "name", item))
+    ("target", "precision", "kv_cache_dtype"), list(builds()), ids=lambda item: str(getattr(item, "name", item))
 )
 def test_machine_code_is_as_it_must_be(target: Target, precision: str, kv_cache_dtype: str) -> None:
     made = images(target, precision, kv_cache_dtype)
