@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -308,6 +309,9 @@ def test_graphs_are_saved_for_people(checkpoint: Path, tmp_path: Path) -> None:
     assert names[0] == "rank0.00.model.txt"
     assert len(names) == 10
     assert "PagedAttention" in (tmp_path / "graphs" / names[-1]).read_text()
+    model = onnx.load(tmp_path / "graphs" / names[-1].replace(".txt", ".onnx"))
+    assert "layers.0.qkv.weight" in {value.name for value in model.graph.input}
+    assert not [tensor.name for tensor in model.graph.initializer if "weight" in tensor.name]
 
 
 def test_generation_config_and_template_come_along(copy: Path, tmp_path: Path) -> None:

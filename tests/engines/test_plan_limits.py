@@ -77,6 +77,12 @@ def changed(path: list[Any], value: Any) -> bytes:
     return bytes(msgpack.packb(document))
 
 
+def test_two_state_groups_of_one_name_are_refused() -> None:
+    groups = msgpack.unpackb(encode_plan(make_plan()))["state_groups"]
+    with pytest.raises(EngineFormatError, match=r"state_groups: two entries have the same name"):
+        decode_plan(changed(["state_groups"], groups * 2), "plan")
+
+
 def test_a_plan_too_large_is_not_read() -> None:
     with pytest.raises(EngineFormatError, match=f"at most {LARGEST_PLAN_BYTES}"):
         decode_plan(bytes(LARGEST_PLAN_BYTES + 1), "plan")

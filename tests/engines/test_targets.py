@@ -52,9 +52,10 @@ def test_int8_kernels_of_vnni_targets_take_unsigned_activations() -> None:
     }
 
 
-def test_targets_are_called_as_their_kernels() -> None:
+def test_targets_are_called_as_their_kernels_and_have_blocks_of_32_tokens() -> None:
     assert all(name == target.name for name, target in TARGETS.items())
-    assert all(name == f"cpu-{target.isa}" for name, target in TARGETS.items() if name.startswith("cpu-"))
+    cpus = {name: target for name, target in TARGETS.items() if name.startswith("cpu-")}
+    assert all(name == f"cpu-{target.isa}" and target.block_size == 32 for name, target in cpus.items())
 
 
 def _open(text: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from enginery import SamplingParams
 from enginery.compiler.build import BuildRequest, build, prepare
 from enginery.engines.targets import TARGETS, host_features, missing_features
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3 import modeling_gemma3
 
 from ..tiny import CASES, VOCAB, greedy, logits, make_checkpoint
 
-RUNNABLE = [name for name, target in TARGETS.items() if not missing_features(target, host_features())]
+RUNNABLE = [
+    name
+    for name, target in TARGETS.items()
+    if name.startswith("cpu-") and not missing_features(target, host_features())
+]
 RANDOM = np.random.default_rng(11)
 PROMPTS = [[int(token) for token in RANDOM.integers(3, 250, length)] for length in (1, 6, 33, 90)]
 # Beyond 48 tokens a longrope engine keeps the factors that a sequence began with; transformers changes them on the way.
@@ -121,6 +127,23 @@ def test_every_target_gives_the_logits_of_transformers(case: str, target: str, t
     entries = [entry for entry in output.prompt_logprobs if entry is not None]
     got = np.array([[entry[token].logprob for token in range(vocab)] for entry in entries])
     assert np.abs(got - wanted[:-1]).max() < 1e-4 * float(raw.abs().max())
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gemma3_text-softcap"])
+def test_epsilons_and_soft_caps_are_those_of_the_config(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' Gemma 3 has the cap in its attention, but does not pass the config's on."""
+    kind, changes = CASES[case]
+    changed = changes | {"rms_norm_eps": 0.3}
+    if "gemma" in case:
+        changed["attn_logit_softcapping"] = 1.5
+        capped = partial(modeling_gemma3.eager_attention_forward, softcap=1.5)
+        monkeypatch.setattr(modeling_gemma3, "eager_attention_forward", capped)
+    monkeypatch.setitem(CASES, case, (kind, changed))
+    model = make_checkpoint(case, tmp_path / "model")
+    wanted = [greedy(model, prompt, 32) for prompt in PROMPTS]
+    assert generate(compiled(tmp_path / "model", tmp_path / "engine"), PROMPTS, 32) == wanted
 
 
 @pytest.mark.parametrize("case", ["llama-biases", "llama-tied-llama3", "qwen2-window", "gemma3_text"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,15 @@ def test_too_little_is_told_with_what_would_do(monkeypatch: pytest.MonkeyPatch) 
 
 def test_blocks_have_an_end_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "available_memory", lambda: 1 << 61)
-    assert choose_blocks(StateShape((FULL,), 1, 128), 64, 1 << 40, 1 << 60) == [1 << 24]
+    for group in (FULL, WINDOW):
+        assert choose_blocks(StateShape((group,), 1, 128), 64, 1 << 40, 1 << 60) == [1 << 24]
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 200, 500, 4096])
+def test_memory_for_one_sequence_holds_one_sequence_of_every_group(length: int) -> None:
+    shape = StateShape((FULL, replace(WINDOW, block_bytes=50_000)), 1, 128)
+    blocks = choose_blocks(shape, length, 8, shape.sequence_bytes(length))
+    assert blocks == [shape.blocks_of_sequence(group, length) for group in shape.groups]
 
 
 def test_no_groups_have_no_blocks() -> None:

@@ -124,3 +124,15 @@ def test_who_hears_of_damage_may_stop_the_check(files: EngineFiles) -> None:
     checks.append(BackgroundCheck(files, end, delay_s=0))
     begun.set()
     assert checks[0].finished.wait(60)
+
+
+def test_serving_does_not_feel_the_check(files: EngineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux the priority is the thread's alone."""
+    calls: list[tuple[int, bool, int]] = []
+
+    def setpriority(which: int, who: int, priority: int) -> None:
+        calls.append((which, who == threading.main_thread().native_id, priority))
+
+    monkeypatch.setattr(os, "setpriority", setpriority)
+    assert BackgroundCheck(files, Damages(), delay_s=0).finished.wait(60)
+    assert calls == [(os.PRIO_PROCESS, False, 19)]

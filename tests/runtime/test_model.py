@@ -101,6 +101,15 @@ def test_a_tokenizer_that_cannot_be_read_is_told_when_it_is_asked_for(copied_eng
         start_loading_tokenizer(open_engine(copied_engine)).result(timeout=60)
 
 
+def test_an_engine_without_a_tokenizer_is_told_so(copied_engine: Path) -> None:
+    """tokenizer_config.json has the role too, so the manifest is sound."""
+    manifest = read_manifest(copied_engine)
+    del manifest.files["tokenizer.json"]
+    (copied_engine / "manifest.json").write_bytes(encode_manifest(manifest))
+    with pytest.raises(EngineFormatError, match=r"no tokenizer\.json\. Build the engine again"):
+        load_tokenizer(open_engine(copied_engine))
+
+
 def test_files_of_other_sizes_are_named_each(copied_engine: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         with open(copied_engine / name, "ab") as file:

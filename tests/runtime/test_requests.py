@@ -98,7 +98,9 @@ def test_long_values_are_cut() -> None:
     [
         ({"max_num_seq": 3}, "did you mean 'max_num_seqs'"),
         ({"colour": 3}, "no knob 'colour'; known are"),
-        ({"max_num_seqs": 0}, "max_num_seqs must be a positive integer, got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a positive integer, or None, got 0"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be a number above 0 and at most 1, or None"),
+        ({"gpu_memory_utilization": True}, "above 0 and at most 1, or None, got True"),
         ({"max_model_len": "long"}, "max_model_len must be a positive integer, or None"),
         ({"kv_cache_memory_bytes": "much"}, "is no size"),
         ({"kv_cache_memory_bytes": 0}, "positive size"),
