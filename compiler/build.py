@@ -96,7 +96,8 @@ class Prepared:
 
     def memory(self, num_threads: int) -> MemoryPlan:
         """What the engine will need."""
-        return plan_memory([rank.plan for rank in self.ranks], self.weights_bytes, num_threads)
+        plans = [rank.plan for rank in self.ranks]
+        return plan_memory(plans, self.weights_bytes, num_threads, self.target.is_cuda)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..engines.defaults import (
     MAX_NUM_BATCHED_TOKENS,
-    MAX_NUM_SEQS,
     SHARED_SCRATCH_BYTES,
     THREAD_SCRATCH_BYTES,
+    default_step,
     step_limits,
 )
 from ..engines.plan import Plan, StateGroup, plan_arena
@@ -21,6 +21,7 @@ class MemoryPlan:
     weights      as mapped
     activations  of the default step with `num_threads` threads a rank: buffers and scratch
     groups       state groups of one rank, and world_size ranks hold each
+    step_tokens  of the default step
     """
 
     weights: int
@@ -28,6 +29,7 @@ class MemoryPlan:
     num_threads: int
     world_size: int
     groups: tuple[StateGroup, ...]
+    step_tokens: int = MAX_NUM_BATCHED_TOKENS
 
     @property
     def state_bytes_per_token(self) -> int:
@@ -38,7 +40,7 @@ class MemoryPlan:
         """State of one sequence of `length` tokens, in whole blocks; a window keeps its tokens and a step's."""
         total = 0
         for group in self.groups:
-            kept = min(length, group.window + MAX_NUM_BATCHED_TOKENS + group.block_size) if group.window else length
+            kept = min(length, group.window + self.step_tokens + group.block_size) if group.window else length
             total += -(-kept // group.block_size) * group.block_bytes
         return total * self.world_size
 
@@ -55,12 +57,13 @@ class MemoryPlan:
         return low
 
 
-def plan_memory(plans: list[Plan], weights_bytes: int, num_threads: int) -> MemoryPlan:
-    """The memory plan of an engine with these ranks; `num_threads` of each rank."""
-    limits = step_limits(MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)
+def plan_memory(plans: list[Plan], weights_bytes: int, num_threads: int, is_cuda: bool = False) -> MemoryPlan:
+    """The memory plan of an engine with these ranks; `num_threads` of each rank, which a GPU has no scratch for."""
+    tokens, sequences = default_step(is_cuda)
+    limits = step_limits(tokens, sequences)
     activations = 0
     for plan in plans:
         arena = plan_arena(plan, limits)
         threads = num_threads * (arena.per_thread_bytes + THREAD_SCRATCH_BYTES)
-        activations += arena.arena_bytes + threads + SHARED_SCRATCH_BYTES
-    return MemoryPlan(weights_bytes, activations, num_threads, len(plans), plans[0].state_groups)
+        activations += arena.arena_bytes + (0 if is_cuda else threads + SHARED_SCRATCH_BYTES)
+    return MemoryPlan(weights_bytes, activations, num_threads, len(plans), plans[0].state_groups, tokens)

@@ -6,10 +6,22 @@ from __future__ import annotations
 MAX_NUM_BATCHED_TOKENS = 128
 MAX_NUM_SEQS = 64
 
+# A GPU reads its weights once for a step, however many tokens it has.
+CUDA_MAX_NUM_BATCHED_TOKENS = 8192
+CUDA_MAX_NUM_SEQS = 256
+GPU_MEMORY_UTILIZATION = 0.9
+
 # What every thread, and what a rank's threads together, have as scratch: kThreadScratchBytes and kSharedScratchBytes
 # of plugins/kernel.h. A test compares them.
 THREAD_SCRATCH_BYTES = 1 << 20
 SHARED_SCRATCH_BYTES = 1 << 20
+
+
+def default_step(is_cuda: bool) -> tuple[int, int]:
+    """Tokens of a step and sequences that run at once, of a GPU target or a CPU one."""
+    if is_cuda:
+        return CUDA_MAX_NUM_BATCHED_TOKENS, CUDA_MAX_NUM_SEQS
+    return MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 
 
 def step_limits(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int = 1 << 24) -> dict[str, int]:

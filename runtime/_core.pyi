@@ -38,8 +38,9 @@ class Core:
     spec: the fields of ExecutorSpec (csrc/executor.h) under their names, nested as dicts and lists; an operand's kind
         is "buffer", "weight", "input" or "state", a guard a list of [variable, min, max]. Groups share one block size.
     config: the fields of LoopConfig (csrc/loop.h) under their names.
-    executor: "cpu" or "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults:
-        "fail_on=7" fails a step that computes token 7, "nan_on=9" gives token 9's row a NaN.
+    executor: "cpu"; "cuda", on the first GPU; "cuda-null", on a device that checks every launch and computes nothing;
+        "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults: "fail_on=7" fails a
+        step that computes token 7, "nan_on=9" gives token 9's row a NaN.
     """
 
     def __init__(self, spec: dict[str, Any], config: dict[str, Any], executor: str = "cpu") -> None: ...
@@ -92,6 +93,13 @@ class Core:
 def cpu_features() -> list[str]:
     """The ISA features of this machine that targets ask for: "avx2", "avxvnni", "avx512f", "avx512vnni", ..."""
 
+def cuda_gpu() -> dict[str, Any]:
+    """The first GPU that the NVIDIA driver shows; raises TargetError where there is no driver, or no GPU.
+
+    name; arch, 90 for 9.0; driver, the newest CUDA it knows, 12040 for 12.4; shared_bytes of a block; free_bytes,
+    total_bytes
+    """
+
 def run_call(
     isa: str, call: dict[str, Any], operands: dict[str, NDArray[Any]], step: dict[str, Any], num_threads: int = 1
 ) -> None:
@@ -104,10 +112,12 @@ def run_call(
     Raises EngineFormatError for a call that is not sound, TargetError where the machine lacks the ISA.
     """
 
-def run_forward(spec: dict[str, Any], steps: list[dict[str, Any]]) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
-    """Runs steps on a CPU executor without a loop: each step's logits [rows, vocab_size], and the executor's memory.
+def run_forward(
+    spec: dict[str, Any], steps: list[dict[str, Any]], executor: str = "cpu"
+) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
+    """Runs steps on an executor without a loop: each step's logits [rows, vocab_size], and the executor's memory.
 
-    spec: as for Core. steps: as for run_call. Raises what loading an engine raises.
+    spec, executor: as for Core. steps: as for run_call. Raises what loading an engine raises.
     """
 
 def sample_row(

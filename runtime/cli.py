@@ -11,6 +11,13 @@ import click
 
 from .. import __version__
 from ..engines.command_line import Command, Count, Group, Seconds
+from ..engines.defaults import (
+    CUDA_MAX_NUM_BATCHED_TOKENS,
+    CUDA_MAX_NUM_SEQS,
+    GPU_MEMORY_UTILIZATION,
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
+)
 from ..engines.errors import EngineryError
 from ..engines.sizes import parse_bytes
 from .config import POLICIES, EngineConfig
@@ -26,7 +33,6 @@ _LATER = "It is not implemented yet."
 # Options of vllm serve and its like that do not exist here.
 _ELSEWHERE = {
     "--model": "The engine's directory is an argument: run-engine DIRECTORY.",
-    "--gpu-memory-utilization": "The memory for the state of sequences is --kv-cache-memory-bytes.",
     "--num-gpu-blocks-override": "The memory for the state of sequences is --kv-cache-memory-bytes.",
     "--swap-space": "The memory for the state of sequences is --kv-cache-memory-bytes.",
     "--max-seq-len": "Did you mean --max-model-len?",
@@ -113,16 +119,12 @@ def _require_host(context: click.Context, param: click.Parameter, value: str) ->
 @click.option(
     "--max-num-seqs",
     type=_POSITIVE,
-    default=EngineConfig.max_num_seqs,
-    show_default=True,
-    help="Sequences that run at once.",
+    help=f"Sequences that run at once. [default: {MAX_NUM_SEQS}, on a GPU {CUDA_MAX_NUM_SEQS}]",
 )
 @click.option(
     "--max-num-batched-tokens",
     type=_POSITIVE,
-    default=EngineConfig.max_num_batched_tokens,
-    show_default=True,
-    help="Tokens of one step.",
+    help=f"Tokens of one step. [default: {MAX_NUM_BATCHED_TOKENS}, on a GPU {CUDA_MAX_NUM_BATCHED_TOKENS}]",
 )
 @click.option(
     "--enable-prefix-caching/--no-enable-prefix-caching",
@@ -133,7 +135,13 @@ def _require_host(context: click.Context, param: click.Parameter, value: str) ->
 @click.option(
     "--kv-cache-memory-bytes",
     callback=_parse_size,
-    help="Memory for the state of sequences, such as 4GiB. [default: what they may need, at most 30 % of what is free]",
+    help="Memory for the state of sequences, such as 4GiB. [default: what they may need, at most 30 % of what is free; "
+    "on a GPU what --gpu-memory-utilization leaves]",
+)
+@click.option(
+    "--gpu-memory-utilization",
+    type=float,
+    help=f"Share of the GPU's memory that the engine may take. [default: {GPU_MEMORY_UTILIZATION}]",
 )
 @click.option(
     "--capacity-scheduler-policy",

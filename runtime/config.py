@@ -6,31 +6,40 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..engines.defaults import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
+from ..engines.defaults import (
+    CUDA_MAX_NUM_BATCHED_TOKENS,
+    CUDA_MAX_NUM_SEQS,
+    GPU_MEMORY_UTILIZATION,
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
+)
 from ..engines.errors import EngineryError, faults
 from ..engines.sizes import parse_bytes
+from ..engines.targets import Target
 
 POLICIES = ("guaranteed_no_evict", "max_utilization")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine is run. None: the engine's own choice.
+    """How an engine is run. None: the engine's own choice, or its target's.
 
     max_model_len            tokens of prompt and output together, at most the model's
     max_num_seqs             sequences that run at once
     max_num_batched_tokens   tokens of one step
     kv_cache_memory_bytes    state of all ranks together; a number, or text such as "4GiB"
+    gpu_memory_utilization   on a GPU: the share of its memory that all of the engine may take
     num_threads              of all ranks together
     verify                   hash the weights before serving, not while serving
     tensor_parallel_size, kv_cache_dtype  are baked into the engine; what is given here must equal them
     """
 
     max_model_len: int | None = None
-    max_num_seqs: int = MAX_NUM_SEQS
-    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | str | None = None
+    gpu_memory_utilization: float | None = None
     capacity_scheduler_policy: str = "guaranteed_no_evict"
     num_threads: int | None = None
     verify: bool = False
@@ -39,9 +48,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         reasons = [
-            f"{name} must be a positive integer{', or None' if optional else ''}, got {value!r}"
-            for name, optional in _COUNTS.items()
-            if not _is_count(value := getattr(self, name), optional)
+            f"{name} must be a positive integer, or None, got {value!r}"
+            for name in _COUNTS
+            if not _is_count(value := getattr(self, name))
         ]
         reasons += [
             f"{name} must be True or False, got {value!r}"
@@ -53,8 +62,13 @@ class EngineConfig:
             reasons.append(f"capacity_scheduler_policy must be {wanted}, got {self.capacity_scheduler_policy!r}")
         if isinstance(self.kv_cache_memory_bytes, str):
             object.__setattr__(self, "kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
-        if not _is_count(self.kv_cache_memory_bytes, optional=True):
+        if not _is_count(self.kv_cache_memory_bytes):
             reasons.append(f"kv_cache_memory_bytes must be a positive size, got {self.kv_cache_memory_bytes!r}")
+        if not _is_share(self.gpu_memory_utilization):
+            reasons.append(
+                f"gpu_memory_utilization must be a number above 0 and at most 1, or None, got "
+                f"{self.gpu_memory_utilization!r}"
+            )
         if self.kv_cache_dtype is not None and not isinstance(self.kv_cache_dtype, str):
             reasons.append(f"kv_cache_dtype must be text, got {self.kv_cache_dtype!r}")
         if reasons:
@@ -66,6 +80,21 @@ class EngineConfig:
         assert not isinstance(self.kv_cache_memory_bytes, str)
         return self.kv_cache_memory_bytes
 
+    def sequences(self, target: Target) -> int:
+        """max_num_seqs on `target`."""
+        return self.max_num_seqs or (CUDA_MAX_NUM_SEQS if target.is_cuda else MAX_NUM_SEQS)
+
+    def batched_tokens(self, target: Target) -> int:
+        """max_num_batched_tokens on `target`."""
+        return self.max_num_batched_tokens or (
+            CUDA_MAX_NUM_BATCHED_TOKENS if target.is_cuda else MAX_NUM_BATCHED_TOKENS
+        )
+
+    @property
+    def gpu_share(self) -> float:
+        """gpu_memory_utilization as a number."""
+        return self.gpu_memory_utilization or GPU_MEMORY_UTILIZATION
+
     @staticmethod
     def of(knobs: dict[str, Any]) -> EngineConfig:
         """The configuration with these knobs. Raises EngineryError naming those that do not exist."""
@@ -76,19 +105,15 @@ class EngineConfig:
         return EngineConfig(**knobs)
 
 
-_COUNTS = {
-    "max_model_len": True,
-    "max_num_seqs": False,
-    "max_num_batched_tokens": False,
-    "num_threads": True,
-    "tensor_parallel_size": True,
-}
+_COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "tensor_parallel_size")
 
 
-def _is_count(value: object, optional: bool) -> bool:
-    if value is None:
-        return optional
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62)
+
+
+def _is_share(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1)
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -28,6 +28,7 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ._core import Core
+    from .cuda_loader import Gpu
 
 # A text, token ids, or a dict with "prompt" or "prompt_token_ids".
 Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
@@ -294,16 +295,20 @@ class Request:
         self._pump.abort(self.ids)
 
 
-def load_engine(directory: Path, config: EngineConfig) -> Engine:
-    """Loads the engine at `directory`. Raises EngineryError."""
+def load_engine(directory: Path, config: EngineConfig, gpu: Gpu | None = None) -> Engine:
+    """Loads the engine at `directory`. gpu: None finds the machine's, if the engine needs one. Raises EngineryError."""
     files = open_engine(directory)
     tokenizer = start_loading_tokenizer(files)
     from ._core import cpu_features
 
     target = check_target(files, cpu_features())
+    if target.is_cuda and gpu is None:
+        from .cuda_loader import find_gpu
+
+        gpu = find_gpu(files, target)
     if config.verify:
         verify_weights(files)
-    settings = prepare_core(files, read_ranks(files), target, config)
+    settings = prepare_core(files, read_ranks(files), target, config, gpu)
     model = read_model(files, settings.max_model_len)
     core = make_core(settings)
     try:
@@ -313,12 +318,12 @@ def load_engine(directory: Path, config: EngineConfig) -> Engine:
         raise
 
 
-def make_core(settings: CoreSettings, executor: str = "cpu") -> Core:
+def make_core(settings: CoreSettings) -> Core:
     """The core for checked settings. Raises EngineryError."""
     from ._core import Core
 
     try:
-        return Core(settings.spec, settings.config, executor)
+        return Core(settings.spec, settings.config, settings.executor)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         # A number that no field of the core holds: the plan's forms are right, its values are not.
         raise EngineFormatError(

@@ -40,7 +40,7 @@ class EngineFiles:
         entry = self.manifest.files.get(name)
         if entry is None:
             return None
-        limit = LARGEST_PLAN_BYTES if entry.role == "plan" else LARGEST_BYTES.get(name, 1 << 20)
+        limit = LARGEST_PLAN_BYTES if entry.role in ("plan", "kernels") else LARGEST_BYTES.get(name, 1 << 20)
         data = read_bounded(self.path(name), f"the file {name}", limit)
         if len(data) != entry.size or (found := hashlib.sha256(data).hexdigest()) != entry.sha256:
             found = found if len(data) == entry.size else f"{len(data)} bytes"

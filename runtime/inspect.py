@@ -6,13 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..engines.defaults import (
-    MAX_NUM_BATCHED_TOKENS,
-    MAX_NUM_SEQS,
-    SHARED_SCRATCH_BYTES,
-    THREAD_SCRATCH_BYTES,
-    step_limits,
-)
+from ..engines.defaults import SHARED_SCRATCH_BYTES, THREAD_SCRATCH_BYTES, default_step, step_limits
 from ..engines.manifest import VERSIONS
 from ..engines.plan import Call, Launch, Plan, Range, plan_arena
 from ..engines.sizes import format_bytes
@@ -67,14 +61,17 @@ def inspect_engine(directory: Path) -> dict[str, Any]:
 
 
 def _memory(files: EngineFiles, ranks: list[Rank]) -> dict[str, int]:
-    limits = step_limits(MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)
+    on_gpu = bool(ranks[0].plan.kernels)
+    tokens, sequences = default_step(on_gpu)
+    limits = step_limits(tokens, sequences)
     arenas = [plan_arena(rank.plan, limits) for rank in ranks]
-    shape = StateShape(ranks[0].plan.state_groups, len(ranks), MAX_NUM_BATCHED_TOKENS)
+    shape = StateShape(ranks[0].plan.state_groups, len(ranks), tokens)
     per_token = sum(group.block_bytes // group.block_size for group in shape.groups) * len(ranks)
+    scratch = {"activations_per_thread": max(arena.per_thread_bytes + THREAD_SCRATCH_BYTES for arena in arenas)}
     return {
         "weights": sum(rank.weights.size for rank in ranks),
-        "activations": sum(arena.arena_bytes + SHARED_SCRATCH_BYTES for arena in arenas),
-        "activations_per_thread": max(arena.per_thread_bytes + THREAD_SCRATCH_BYTES for arena in arenas),
+        "activations": sum(arena.arena_bytes + (0 if on_gpu else SHARED_SCRATCH_BYTES) for arena in arenas),
+        **({} if on_gpu else scratch),
         "state_per_token": per_token,
         "state_per_sequence": shape.sequence_bytes(files.manifest.default_max_model_len),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engines.defaults import SHARED_SCRATCH_BYTES, THREAD_SCRATCH_BYTES, step_limits
 from ..engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError, faults
@@ -18,6 +18,9 @@ from ..engines.weights import WeightsFile, read_weights_header
 from .capacity import StateShape, available_memory, choose_blocks
 from .config import EngineConfig
 from .files import EngineFiles
+
+if TYPE_CHECKING:
+    from .cuda_loader import Gpu
 
 # No model's activations are larger than this and so much for each token of a step; a plan that says so is no plan.
 _MOST_ACTIVATION_BYTES = 1 << 30
@@ -45,21 +48,17 @@ class CoreSettings:
     spec: dict[str, Any]
     config: dict[str, Any]
     max_model_len: int
+    executor: str = "cpu"
 
 
 def check_target(files: EngineFiles, features: list[str]) -> Target:
-    """The engine's target. Raises TargetError unless a machine with these CPU features can run it."""
+    """The engine's target. Raises TargetError where it is for a CPU that has more than these features."""
     manifest = files.manifest
     target = TARGETS.get(manifest.target)
     if target is None:
         raise TargetError(
             f"{files.directory} was built for {manifest.target}, which this runtime does not run; it runs "
             f"{', '.join(TARGETS)}.\n{_rebuild(files)}"
-        )
-    if target.is_cuda:
-        raise TargetError(
-            f"{files.directory} was built for {target.name} ({', '.join(target.gpus)}); this release runs engines on "
-            f"CPUs alone.\n{_rebuild(files)}"
         )
     if missing := missing_features(target, features):
         try:
@@ -138,43 +137,72 @@ def _check_agreement(manifest: Manifest, plans: list[Plan]) -> None:
         raise faults(EngineFormatError, "The engine contradicts itself; build it again", reasons)
 
 
-def prepare_core(files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig) -> CoreSettings:
-    """Decides sizes and checks every operand against them. Raises EngineryError."""
-    max_model_len = _max_model_len(files.manifest, config)
-    _check_baked_in(files.manifest, config)
-    limits = step_limits(config.max_num_batched_tokens, config.max_num_seqs)
+def prepare_core(
+    files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig, gpu: Gpu | None = None
+) -> CoreSettings:
+    """Decides sizes and checks every operand against them. Raises EngineryError.
+
+    gpu: of a CUDA target, where it will run; None prepares for the null device, which checks and computes nothing
+    """
+    if target.is_cuda:
+        from .cuda_loader import null_gpu, prepare_cuda_core
+
+        return prepare_cuda_core(files, ranks, target, config, gpu or null_gpu(target))
+    max_model_len = choose_max_model_len(files.manifest, config)
+    check_baked_in(files.manifest, config)
+    if config.gpu_memory_utilization is not None:
+        raise EngineryError(
+            f"gpu_memory_utilization is for GPUs; {files.directory} was built for {target.name}. Leave "
+            f"--gpu-memory-utilization out; the memory for the state of sequences is --kv-cache-memory-bytes."
+        )
+    max_num_seqs, max_num_batched_tokens = config.sequences(target), config.batched_tokens(target)
+    limits = step_limits(max_num_batched_tokens, max_num_seqs)
     for index, rank in enumerate(ranks):
         weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
         check_bounds(rank.plan, limits, weight_bytes, files.of_rank("plan", index))
-        _check_work(rank, limits)
+        check_work(rank, limits)
     activations = sum(_check_activations(rank.plan, limits, config.num_threads or 1) for rank in ranks)
     plan = ranks[0].plan
-    shape = StateShape(plan.state_groups, len(ranks), config.max_num_batched_tokens)
-    num_blocks = choose_blocks(shape, max_model_len, config.max_num_seqs, config.kv_cache_bytes, activations)
+    shape = StateShape(plan.state_groups, len(ranks), max_num_batched_tokens)
+    num_blocks = choose_blocks(shape, max_model_len, max_num_seqs, config.kv_cache_bytes, activations)
     spec = {
         "isa": target.isa,
-        "ranks": [_rank_spec(rank, limits) for rank in ranks],
-        "groups": [_group_spec(group) for group in plan.state_groups],
+        "ranks": [rank_spec(rank, limits) for rank in ranks],
+        **step_spec(files.manifest, plan, num_blocks, config, limits),
+    }
+    return CoreSettings(spec, loop_config(plan, max_model_len, target, config), max_model_len)
+
+
+def step_spec(
+    manifest: Manifest, plan: Plan, num_blocks: list[int], config: EngineConfig, limits: dict[str, int]
+) -> dict[str, Any]:
+    """What ExecutorSpec (csrc/executor.h) has beside ranks and what is of a target alone."""
+    return {
+        "groups": [group_spec(group) for group in plan.state_groups],
         "num_blocks": num_blocks,
-        "vocab_size": files.manifest.model.vocab_size,
+        "vocab_size": manifest.model.vocab_size,
         "num_threads": config.num_threads or 0,
         "max_tokens": limits["tokens"],
         "max_rows": limits["rows"],
         "max_sequences": limits["sequences"],
     }
-    loop = {
+
+
+def loop_config(plan: Plan, max_model_len: int, target: Target, config: EngineConfig) -> dict[str, Any]:
+    """LoopConfig (csrc/loop.h)."""
+    return {
         "max_model_len": max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_num_seqs": config.sequences(target),
+        "max_num_batched_tokens": config.batched_tokens(target),
         "enable_prefix_caching": config.enable_prefix_caching,
         "capacity_scheduler_policy": config.capacity_scheduler_policy,
         "rope_threshold": min(plan.prefix_key.threshold, (1 << 31) - 1),
         "rope_exact": plan.prefix_key.exact,
     }
-    return CoreSettings(spec, loop, max_model_len)
 
 
-def _max_model_len(manifest: Manifest, config: EngineConfig) -> int:
+def choose_max_model_len(manifest: Manifest, config: EngineConfig) -> int:
+    """Tokens of the longest sequence. Raises EngineryError where the model allows fewer than are asked for."""
     most = manifest.model.max_model_len
     if config.max_model_len is not None and config.max_model_len > most:
         raise EngineryError(
@@ -184,7 +212,8 @@ def _max_model_len(manifest: Manifest, config: EngineConfig) -> int:
     return config.max_model_len or min(manifest.default_max_model_len, most)
 
 
-def _check_baked_in(manifest: Manifest, config: EngineConfig) -> None:
+def check_baked_in(manifest: Manifest, config: EngineConfig) -> None:
+    """Raises EngineryError where a knob contradicts what was decided when the engine was built."""
     for knob, given, built in (
         ("tensor_parallel_size", config.tensor_parallel_size, manifest.tensor_parallel_size),
         ("kv_cache_dtype", config.kv_cache_dtype, manifest.kv_cache_dtype),
@@ -218,7 +247,8 @@ def _check_activations(plan: Plan, limits: dict[str, int], num_threads: int) -> 
     return arena.arena_bytes + scratch
 
 
-def _check_work(rank: Rank, limits: dict[str, int]) -> None:
+def check_work(rank: Rank, limits: dict[str, int]) -> None:
+    """Raises EngineFormatError where a step would touch more memory than any model's."""
     step = {variable: min(largest, _ORDINARY_STEP) for variable, largest in limits.items()}
     touched = sum(
         evaluate(operand.extent, guarded_limits(call, step))
@@ -234,7 +264,8 @@ def _check_work(rank: Rank, limits: dict[str, int]) -> None:
         )
 
 
-def _group_spec(group: StateGroup) -> dict[str, Any]:
+def group_spec(group: StateGroup) -> dict[str, Any]:
+    """A state group as StateGroupSpec (csrc/executor.h)."""
     return {
         "name": group.name,
         "kind": group.kind,
@@ -249,8 +280,8 @@ def _group_spec(group: StateGroup) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where names of a plan stand in the core's lists."""
+class Places:
+    """Where names of a plan stand in the core's lists, and the layouts of what they name."""
 
     buffers: dict[str, int]
     weights: dict[str, int]
@@ -258,10 +289,11 @@ class _Places:
     layouts: dict[tuple[str, str], str]
 
     @staticmethod
-    def of(rank: Rank) -> _Places:
+    def of(rank: Rank) -> Places:
+        """Of this rank."""
         layouts = {("buffer", buffer.name): buffer.dtype for buffer in rank.plan.buffers}
         layouts |= {("weight", name): placed.tensor.layout for name, placed in rank.weights.placed.items()}
-        return _Places(
+        return Places(
             {buffer.name: index for index, buffer in enumerate(rank.plan.buffers)},
             {name: index for index, name in enumerate(rank.weights.placed)},
             {group.name: index for index, group in enumerate(rank.plan.state_groups)},
@@ -274,8 +306,9 @@ class _Places:
         return lists[operand.kind][operand.name] if operand.kind in lists else 0
 
 
-def _rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
-    arena, places = plan_arena(rank.plan, limits), _Places.of(rank)
+def rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
+    """A rank as RankSpec (csrc/executor.h); launches are not in it."""
+    arena, places = plan_arena(rank.plan, limits), Places.of(rank)
     return {
         "weights_path": str(rank.weights_path),
         "weights_file_bytes": rank.weights.size,
@@ -294,6 +327,7 @@ def _rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
                 "bytes": arena.sizes[buffer.name],
                 "offset": arena.offsets[buffer.name],
                 "per_thread": buffer.per_thread,
+                "zeroed": buffer.zeroed,
             }
             for buffer in rank.plan.buffers
         ],
@@ -308,7 +342,7 @@ def _rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _call_spec(call: Call, places: _Places, largest: dict[str, int]) -> dict[str, Any]:
+def _call_spec(call: Call, places: Places, largest: dict[str, int]) -> dict[str, Any]:
     return {
         "op": call.op,
         "version": call.version,

@@ -1,4 +1,5 @@
-// What the serving loop asks of a device. One implementation per file: cpu_executor.cpp, null_executor.cpp.
+// What the serving loop asks of a device. One implementation per file: cpu_executor.cpp, cuda_executor.cpp,
+// null_executor.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "call.h"
+#include "launch.h"
 #include "step.h"
 
 namespace enginery {
@@ -23,7 +25,7 @@ struct StateGroupSpec {
     int64_t block_bytes = 0;   // one contiguous range over all layers of the group, per rank
     int32_t num_kv_heads = 0;  // of this rank
     int32_t head_dim = 0;
-    std::string dtype;  // "f32", "bf16" or "i8"
+    std::string dtype;  // "f32", "bf16", "fp8" or "i8"
 };
 
 struct WeightSpec {
@@ -38,6 +40,7 @@ struct BufferSpec {
     int64_t bytes = 0;        // with every variable at its largest
     int64_t offset = 0;       // within the arena; buffers that never live together share bytes
     bool per_thread = false;  // every thread has its own
+    bool zeroed = false;      // zero after loading, and every launch leaves it so
 };
 
 // What one rank executes.
@@ -62,7 +65,10 @@ struct ExecutorSpec {
     int32_t max_tokens = 0;  // of one step
     int32_t max_rows = 0;
     int32_t max_sequences = 0;
+    CudaSpec cuda;  // of a CUDA target
 };
+
+class CudaDevice;
 
 class Executor {
   public:
@@ -85,6 +91,9 @@ class Executor {
 };
 
 std::unique_ptr<Executor> make_cpu_executor(const ExecutorSpec& spec);
+
+// On the first GPU, or on the null device (cuda_device.h).
+std::unique_ptr<Executor> make_cuda_executor(const ExecutorSpec& spec, std::unique_ptr<CudaDevice> device);
 
 // Keeps in each slot a hash of the tokens it can see through the block tables, and derives logits from it:
 // a wrong table, slot or position changes the tokens that come out.

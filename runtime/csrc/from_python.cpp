@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cuda_from_python.h"
+
 namespace enginery {
 namespace {
 
@@ -72,6 +74,7 @@ RankSpec read_rank(Fields& fields) {
         entry.required("bytes", buffer.bytes);
         entry.required("offset", buffer.offset);
         entry.optional("per_thread", buffer.per_thread);
+        entry.optional("zeroed", buffer.zeroed);
     });
     fields.required("arena_bytes", rank.arena_bytes);
     fields.each("forward", [&](Fields& entry) { rank.forward.push_back(read_call(entry)); });
@@ -81,6 +84,28 @@ RankSpec read_rank(Fields& fields) {
 }
 
 }  // namespace
+
+std::vector<GuardRange> read_guard(Fields& fields, const std::string& of) {
+    std::vector<GuardRange> ranges;
+    const nb::object guards = fields.take("guard");
+    if (!guards.is_valid()) return ranges;
+    for (const nb::handle guard : guards) {
+        GuardRange& range = ranges.emplace_back();
+        if (nb::isinstance<nb::dict>(guard)) {
+            Fields entry(guard, "guard of " + of);
+            entry.required("variable", range.variable);
+            entry.required("min", range.min);
+            entry.required("max", range.max);
+            entry.finish();
+        } else {
+            if (!nb::isinstance<nb::sequence>(guard) || nb::len(guard) != 3) {
+                throw fields.wrong("a guard is neither a dict nor [variable, min, max]");
+            }
+            range = {nb::cast<std::string>(guard[0]), nb::cast<int64_t>(guard[1]), nb::cast<int64_t>(guard[2])};
+        }
+    }
+    return ranges;
+}
 
 CallSpec read_call(Fields& fields) {
     CallSpec call;
@@ -95,23 +120,7 @@ CallSpec read_call(Fields& fields) {
     read_mapping(fields, "attributes", [&](const std::string& name, nb::handle value) {
         call.attributes.emplace(name, read_attribute(value, fields, name));
     });
-    if (nb::object guards = fields.take("guard"); guards.is_valid()) {
-        for (const nb::handle guard : guards) {
-            GuardRange& range = call.guard.emplace_back();
-            if (nb::isinstance<nb::dict>(guard)) {
-                Fields entry(guard, "guard of " + call.op);
-                entry.required("variable", range.variable);
-                entry.required("min", range.min);
-                entry.required("max", range.max);
-                entry.finish();
-            } else {
-                if (!nb::isinstance<nb::sequence>(guard) || nb::len(guard) != 3) {
-                    throw fields.wrong("a guard is neither a dict nor [variable, min, max]");
-                }
-                range = {nb::cast<std::string>(guard[0]), nb::cast<int64_t>(guard[1]), nb::cast<int64_t>(guard[2])};
-            }
-        }
-    }
+    call.guard = read_guard(fields, call.op);
     fields.optional("max_tokens", call.max_tokens);
     fields.optional("max_rows", call.max_rows);
     fields.optional("max_sequences", call.max_sequences);
@@ -130,6 +139,11 @@ ExecutorSpec read_executor_spec(nb::handle values) {
     fields.required("max_tokens", spec.max_tokens);
     fields.required("max_rows", spec.max_rows);
     fields.required("max_sequences", spec.max_sequences);
+    if (const nb::object cuda = fields.take("cuda"); cuda.is_valid()) {
+        Fields entry(cuda, "spec.cuda");
+        spec.cuda = read_cuda_spec(entry);
+        entry.finish();
+    }
     fields.finish();
     return spec;
 }

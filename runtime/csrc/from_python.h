@@ -10,6 +10,7 @@
 namespace enginery {
 
 CallSpec read_call(Fields& fields);
+std::vector<GuardRange> read_guard(Fields& fields, const std::string& of);
 ExecutorSpec read_executor_spec(nb::handle values);
 LoopConfig read_loop_config(nb::handle values);
 Request read_request(nb::handle values);

@@ -9,6 +9,7 @@
 #include "collectives.h"
 #include "cpu_features.h"
 #include "errors.h"
+#include "executors.h"
 #include "from_python.h"
 #include "mapping.h"
 #include "thread_pool.h"
@@ -217,9 +218,9 @@ Logits copy_logits(Executor& executor, int32_t rows, int32_t columns) {
     return Logits(copy, {static_cast<size_t>(rows), static_cast<size_t>(columns)}, owner);
 }
 
-nb::tuple run_forward(const nb::dict& spec_fields, const nb::list& steps) {
+nb::tuple run_forward(const nb::dict& spec_fields, const nb::list& steps, const std::string& kind) {
     const ExecutorSpec spec = read_executor_spec(spec_fields);
-    const std::unique_ptr<Executor> executor = make_cpu_executor(spec);
+    const std::unique_ptr<Executor> executor = find_executor(kind)(spec);
     nb::list results;
     for (const nb::handle fields : steps) {
         const StepArrays arrays = read_step(nb::cast<nb::dict>(fields));
@@ -242,7 +243,7 @@ void bind_kernels(nb::module_& module) {
     module.def("cpu_features", &cpu_features, "The ISA features of this machine that targets ask for.");
     module.def("run_call", &run_call, nb::arg("isa"), nb::arg("call"), nb::arg("operands"), nb::arg("step"),
                nb::arg("num_threads") = 1, "Runs one operator's kernel on arrays, in place; for tests and checks.");
-    module.def("run_forward", &run_forward, nb::arg("spec"), nb::arg("steps"),
+    module.def("run_forward", &run_forward, nb::arg("spec"), nb::arg("steps"), nb::arg("executor") = "cpu",
                "Runs steps one after another without a serving loop: the logits of each, and memory by purpose.");
 }
 

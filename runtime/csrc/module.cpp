@@ -1,7 +1,9 @@
 // The extension module `enginery.runtime._core`; its Python side is written down in _core.pyi.
 #include <nanobind/ndarray.h>
 
+#include "cuda_driver.h"
 #include "errors.h"
+#include "executors.h"
 #include "from_python.h"
 #include "kernels_module.h"
 #include "loop.h"
@@ -91,11 +93,25 @@ nb::dict stats_of(Loop& loop) {
 void make_loop(Loop* loop, const nb::dict& spec_values, const nb::dict& config_values, const std::string& kind) {
     const ExecutorSpec spec = read_executor_spec(spec_values);
     const LoopConfig config = read_loop_config(config_values);
-    if (kind != "cpu" && kind != "null") {
-        throw nb::type_error(("executor is '" + kind + "', wanted 'cpu' or 'null'").c_str());
-    }
+    const ExecutorFactory make = find_executor(kind);
     const nb::gil_scoped_release released;  // loading may take seconds
-    new (loop) Loop(spec, config, kind == "cpu" ? make_cpu_executor(spec) : make_null_executor(spec));
+    new (loop) Loop(spec, config, make(spec));
+}
+
+// What the first GPU is; raises TargetError where there is none that can be used.
+nb::dict cuda_gpu() {
+    const cuda::GpuInfo gpu = [] {
+        const nb::gil_scoped_release released;
+        return cuda::Driver::get().gpu();
+    }();
+    nb::dict dict;
+    dict["name"] = gpu.name;
+    dict["arch"] = gpu.arch;
+    dict["driver"] = gpu.driver;
+    dict["shared_bytes"] = gpu.shared_bytes;
+    dict["free_bytes"] = gpu.free_bytes;
+    dict["total_bytes"] = gpu.total_bytes;
+    return dict;
 }
 
 using Logits = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -180,6 +196,7 @@ NB_MODULE(_core, module) {
     nanobind::register_exception_translator(enginery::translate);
     enginery::bind_loop(module);
     enginery::bind_kernels(module);
+    module.def("cuda_gpu", &enginery::cuda_gpu);
     module.def("sample_row", &enginery::sample_row, nanobind::arg("logits"), nanobind::arg("request"),
                nanobind::arg("output_token_ids"));
 }

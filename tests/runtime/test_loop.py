@@ -133,7 +133,7 @@ def test_a_request_ends_at_max_model_len() -> None:
         core.submit(request([1] * 9, max_tokens=50))
         outputs = drain(core, 1)[0]
         assert (len(tokens(outputs)), outputs[-1].finish_reason) == (1, "length")
-        with pytest.raises(RequestError, match=r"the prompt has 10 tokens.*max_model_len, 10.*--max-model-len"):
+        with pytest.raises(RequestError, match=r"the prompt has 10 tokens.*max_model_len, 10: shorten it"):
             core.submit(request([1] * 10))
 
 
