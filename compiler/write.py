@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +11,17 @@ from numpy.typing import NDArray
 
 from ..engines.errors import CheckpointError
 from ..engines.layouts import LAYOUTS, ROW_PADDING, WITH_SUMS, round_up
-from ..engines.manifest import CHUNK_BYTES, FileEntry, RunningHash
+from ..engines.manifest import FileEntry
 from ..engines.weights import WeightsFile, lay_out
 from ..plugins.linear.layouts import interleave_gated, interleave_rows
 from .checkpoint.tensors import ELEMENT_BYTES
 from .checkpoint.weights import Weight
+from .file_writer import FileWriter
 from .lower.tensors import Job, TensorJobs
 from .pack import find_packer
 
-# Source bytes of one step: what a core's cache holds, so that packing, writing and hashing find it there.
+# Source bytes of one step: what a core's cache holds, so that packing finds there what was read.
 _CHUNK_BYTES = 1 << 20
-_BUFFERS = 3
 
 Progress = Callable[[int], None]
 
@@ -41,48 +39,24 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
     layout = weights_layout(jobs)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        with _Writer(descriptor, layout, num_threads, progress) as writer:
+        with FileWriter(descriptor) as file:
+            file.append(memoryview(layout.header), 0)
+            packer = _Packer(file, layout, num_threads, progress)
             for job in jobs.jobs.values():
-                writer.write(job)
-        os.truncate(descriptor, layout.size)
+                packer.write(job)
+            whole, chunks = file.finish(layout.size)
     finally:
         os.close(descriptor)
-    return FileEntry("weights", "safetensors", layout.size, writer.whole.digests()[0], writer.chunks.digests(), rank)
+    return FileEntry("weights", "safetensors", layout.size, whole, chunks, rank)
 
 
-class _Writer:
-    """Packs one tensor after the other into an open file, and hashes the file on the way."""
+class _Packer:
+    """Packs one tensor after the other into a file."""
 
-    def __init__(self, descriptor: int, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
-        self.whole, self.chunks = RunningHash(), RunningHash(CHUNK_BYTES)
-        self._descriptor, self._layout, self._num_threads = descriptor, layout, num_threads
-        self._progress = progress
+    def __init__(self, file: FileWriter, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
+        self._file, self._layout, self._num_threads, self._progress = file, layout, num_threads, progress
         self._pack_rows = find_packer()
-        self._source = np.empty(0, np.uint8)
-        # What is packed is written and hashed, whole and by chunks, while the next is read and packed.
-        self._buffers = [np.empty(0, np.uint8) for _ in range(_BUFFERS)]
-        self._lanes = [
-            (ThreadPoolExecutor(1, f"enginery-{name}"), consume)
-            for name, consume in (
-                ("write", self._write_at),
-                ("hash", self.whole.update),
-                ("hash-chunks", self.chunks.update),
-            )
-        ]
-        self._pending: deque[list[Future[None]]] = deque()
-        self._append(memoryview(layout.header), 0)
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._append(memoryview(b""), self._layout.size)
-                self._wait(0)
-        finally:
-            for executor, _consume in self._lanes:
-                executor.shutdown(cancel_futures=True)
+        self._source, self._packed = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
     def write(self, job: Job) -> None:
         name = job.tensor.name
@@ -158,29 +132,14 @@ class _Writer:
         self._append(array.data, self._layout.placed[name].offset)
 
     def _append(self, data: memoryview, offset: int) -> None:
-        """Tensors come in the order of the file; nobody changes `data` before it is written and hashed."""
-        self._wait(_BUFFERS - 1)
-        self._pending.append([executor.submit(consume, data, offset) for executor, consume in self._lanes])
+        """Tensors come in the order of the file."""
+        self._file.append(data, offset)
         self._progress(data.nbytes)
 
-    def _write_at(self, data: memoryview, offset: int) -> None:
-        view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
-        while view:
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
-
-    def _wait(self, most: int) -> None:
-        """Waits until at most `most` buffers are under way. Raises what they raised."""
-        while len(self._pending) > most:
-            for future in self._pending.popleft():
-                future.result()
-
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        self._wait(_BUFFERS - 1)  # the others may still be on their way, the oldest is not
-        self._buffers.append(self._buffers.pop(0))
-        if len(self._buffers[-1]) < size:
-            self._buffers[-1] = np.empty(size, np.uint8)
-        return self._buffers[-1][:size]
+        if len(self._packed) < size:
+            self._packed = np.empty(size, np.uint8)
+        return self._packed[:size]
 
 
 def _halves(weight: Weight) -> list[Weight]:
