@@ -91,8 +91,7 @@ int64_t bind_pack_rows(Array<const uint8_t> source, const std::string& source_dt
 NB_MODULE(_pack, module) {
     module.def("pack_rows", &bind_pack_rows, nb::arg("source").noconvert(), nb::arg("source_dtype"), nb::arg("n"),
                nb::arg("k"), nb::arg("layout"), nb::arg("out").noconvert(), nb::arg("scale") = nb::none(),
-               nb::arg("sums") = nb::none(), nb::arg("add") = 0.0, nb::arg("stride") = 1,
-               nb::arg("num_threads") = 1);
+               nb::arg("sums") = nb::none(), nb::arg("add") = 0.0, nb::arg("stride") = 1, nb::arg("num_threads") = 1);
 }
 
 }  // namespace enginery

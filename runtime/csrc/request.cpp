@@ -59,10 +59,10 @@ void check_request(const Request& request, const RequestLimits& limits) {
     Faults faults;
     const auto num_prompt_tokens = static_cast<int64_t>(request.prompt_token_ids.size());
     check_tokens(request, limits.vocab_size, faults);
-    faults.unless(num_prompt_tokens < limits.max_model_len,
-                  "the prompt has " + std::to_string(num_prompt_tokens) +
-                      " tokens; with one to generate that is more " + "than max_model_len, " +
-                      std::to_string(limits.max_model_len) + ": shorten it");
+    faults.unless(num_prompt_tokens < limits.max_model_len, "the prompt has " + std::to_string(num_prompt_tokens) +
+                                                                " tokens; with one to generate that is more " +
+                                                                "than max_model_len, " +
+                                                                std::to_string(limits.max_model_len) + ": shorten it");
     faults.unless(request.max_tokens >= 1,
                   "max_tokens is " + std::to_string(request.max_tokens) + ", wanted 1 or more");
     faults.range("min_tokens", request.min_tokens, 0, std::max(0, request.max_tokens));
