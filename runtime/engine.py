@@ -19,8 +19,9 @@ from .config import EngineConfig
 from .files import EngineFiles, open_engine
 from .histograms import Observations
 from .integrity import BackgroundCheck, verify_weights
-from .loader import CoreSettings, check_target, prepare_core, read_ranks
+from .loader import CoreSettings, check_target, read_ranks
 from .model import Model, read_model, start_loading_tokenizer
+from .prepare import prepare_core
 from .pump import DeltaStream, Gathering, Pump, Sink
 from .requests import InvalidField, PromptTooLong, RequestOutput, RequestOutputKind, SamplingParams, short
 from .sequence import Sequence

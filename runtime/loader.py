@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engines.defaults import SHARED_SCRATCH_BYTES, THREAD_SCRATCH_BYTES, step_limits
 from ..engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError, faults
@@ -18,9 +18,6 @@ from ..engines.weights import WeightsFile, read_weights_header
 from .capacity import StateShape, available_memory, choose_blocks
 from .config import EngineConfig
 from .files import EngineFiles
-
-if TYPE_CHECKING:
-    from .cuda_loader import Gpu
 
 # No model's activations are larger than this and so much for each token of a step; a plan that says so is no plan.
 _MOST_ACTIVATION_BYTES = 1 << 30
@@ -137,17 +134,8 @@ def _check_agreement(manifest: Manifest, plans: list[Plan]) -> None:
         raise faults(EngineFormatError, "The engine contradicts itself; build it again", reasons)
 
 
-def prepare_core(
-    files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig, gpu: Gpu | None = None
-) -> CoreSettings:
-    """Decides sizes and checks every operand against them. Raises EngineryError.
-
-    gpu: of a CUDA target, where it will run; None prepares for the null device, which checks and computes nothing
-    """
-    if target.is_cuda:
-        from .cuda_loader import null_gpu, prepare_cuda_core
-
-        return prepare_cuda_core(files, ranks, target, config, gpu or null_gpu(target))
+def prepare_cpu_core(files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig) -> CoreSettings:
+    """Decides sizes and checks every operand against them. Raises EngineryError."""
     max_model_len = choose_max_model_len(files.manifest, config)
     check_baked_in(files.manifest, config)
     if config.gpu_memory_utilization is not None:

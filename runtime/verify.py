@@ -12,8 +12,9 @@ from ..engines.targets import TARGETS, best_target, missing_features
 from .config import EngineConfig
 from .files import EngineFiles, open_engine
 from .integrity import verify_weights
-from .loader import CoreSettings, Rank, prepare_core, read_ranks
+from .loader import CoreSettings, Rank, read_ranks
 from .model import load_tokenizer, read_model
+from .prepare import prepare_core
 
 # Kernels are bound for sequences of this length: their state is then small on every machine.
 _SHORT_MODEL_LEN = 256

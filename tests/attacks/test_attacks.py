@@ -88,8 +88,8 @@ def test_attacks_on_windows(batch: str, sound_engines: dict[str, Path]) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_many_more_attacks(batch: str, engine: str, sound_engines: dict[str, Path]) -> None:
-    """Eight times as many, others on each engine. All of them, hours: `python -m tests.attacks.victim`."""
-    parts = max(1, PARTS.get(batch, 1) // 8)
+    """Four times as many, others on each engine. All of them, hours: `python -m tests.attacks.victim`."""
+    parts = max(1, PARTS.get(batch, 1) // 4)
     run_batch(sound_engines[engine], batch, ENGINES.index(engine) % parts, parts)
 
 

@@ -61,7 +61,8 @@ from enginery.runtime import _core
 from enginery.runtime.config import EngineConfig
 from enginery.runtime.cuda_loader import Gpu
 from enginery.runtime.files import open_engine
-from enginery.runtime.loader import prepare_core, read_ranks
+from enginery.runtime.loader import read_ranks
+from enginery.runtime.prepare import prepare_core
 files = open_engine(Path(sys.argv[1]))
 config = EngineConfig(max_num_seqs=4, kv_cache_memory_bytes=1 << 20)
 spec = prepare_core(files, read_ranks(files), TARGETS["cuda-sm90"], config, Gpu("Fake", 90, 1 << 32, 1 << 32)).spec

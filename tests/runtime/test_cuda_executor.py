@@ -18,7 +18,8 @@ from enginery.runtime import _core
 from enginery.runtime._core import Core, Output
 from enginery.runtime.config import EngineConfig
 from enginery.runtime.files import open_engine
-from enginery.runtime.loader import CoreSettings, prepare_core, read_ranks
+from enginery.runtime.loader import CoreSettings, read_ranks
+from enginery.runtime.prepare import prepare_core
 from hypothesis import HealthCheck, given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st

@@ -18,7 +18,8 @@ from enginery.runtime.config import EngineConfig
 from enginery.runtime.cuda_loader import Gpu, check_launches, null_gpu
 from enginery.runtime.engine import load_engine
 from enginery.runtime.files import open_engine
-from enginery.runtime.loader import CoreSettings, Rank, prepare_core, read_ranks
+from enginery.runtime.loader import CoreSettings, Rank, read_ranks
+from enginery.runtime.prepare import prepare_core
 from enginery.runtime.verify import verify_engine
 
 from .cuda_engines import build_shell

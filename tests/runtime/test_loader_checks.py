@@ -19,7 +19,8 @@ from enginery.engines.targets import TARGETS
 from enginery.runtime import loader
 from enginery.runtime.config import EngineConfig
 from enginery.runtime.files import open_engine
-from enginery.runtime.loader import CoreSettings, check_target, prepare_core, read_ranks
+from enginery.runtime.loader import CoreSettings, check_target, read_ranks
+from enginery.runtime.prepare import prepare_core
 
 from ..tiny import make_checkpoint
 
