@@ -12,7 +12,7 @@ while [ $# -gt 0 ]; do
         --collect)
             python3 -m pip download -q --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
                 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any -d "$2" onnx onnx-ir ml_dtypes msgpack \
-                tokenizers starlette uvicorn httptools h11 click jinja2 markupsafe anyio sniffio idna pytest pytest-timeout \
+                starlette uvicorn httptools h11 click jinja2 markupsafe anyio sniffio idna pytest pytest-timeout \
                 hypothesis sortedcontainers iniconfig pluggy protobuf sympy mpmath nanobind scikit-build-core pathspec
             exit ;;
         build | test | bench) parts+=("$1"); shift ;;
