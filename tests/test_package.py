@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes"}
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "huggingface_hub", "ml_dtypes", "sympy", "triton"}
 
 
 @pytest.mark.parametrize("module", ["enginery", "enginery.runtime.engine", "enginery.runtime.cli"])
@@ -27,6 +27,25 @@ def test_runtime_brings_nothing_of_the_compiler(module: str) -> None:
     assert module in modules
     assert not HEAVY & {name.split(".")[0] for name in modules}
     assert not [name for name in modules if name.startswith(("enginery.compiler", "enginery.plugins"))]
+
+
+def test_a_build_does_without_sympy() -> None:
+    """onnx-ir imports it, a quarter of a second, to compute with symbolic dimensions; and can still do that."""
+    program = """import sys
+from enginery.compiler.startup import import_onnx_ir
+import_onnx_ir()
+import enginery.compiler.build, enginery.compiler.cli, onnx_ir
+assert not [name for name in sys.modules if name.startswith("sympy")], "sympy was imported"
+assert str(onnx_ir.SymbolicDim("max(n, 3)") + onnx_ir.SymbolicDim("n")) == "n + Max(3, n)"
+assert sys.modules["sympy"].Symbol"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", PROJECT["scripts"])
+def test_command_tells_its_version(command: str) -> None:
+    program = [str(Path(sys.executable).parent / command), "--version"]
+    result = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == f"{command}, version {PROJECT['version']}"
 
 
 @pytest.mark.parametrize("command", PROJECT["scripts"])

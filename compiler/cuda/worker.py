@@ -9,7 +9,6 @@ from ...engines.plan import KernelImage
 from ...plugins.launches import Kernel
 from .machine_code import read_machine_code
 
-_PARAMETERS = {"i32": "i32", "fp32": "fp32"}
 # Triton passes two pointers behind the arguments: global and profile scratch. Kernels that need them are not launched.
 _HIDDEN = 2
 
@@ -63,7 +62,7 @@ def compile_kernel(kernel: Kernel, arch: int, file: str) -> tuple[KernelImage, b
         registers=code.registers,
         spill_bytes=code.spill_bytes,
         instruction=code.instruction,
-        parameters=tuple("pointer" if kind.startswith("*") else _PARAMETERS[kind] for _, kind in kernel.parameters),
+        parameters=tuple("pointer" if kind.startswith("*") else kind for _, kind in kernel.parameters),
         hidden=_HIDDEN,
         pdl=kernel.pdl,
     )

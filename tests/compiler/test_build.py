@@ -231,6 +231,9 @@ def test_options_that_cannot_be_are_refused(checkpoint: Path, tmp_path: Path) ->
         tensor_parallel_size=4,
     )
     refused(CheckpointError, "does not exist", tmp_path / "nowhere", tmp_path)
+    refused(
+        CompileError, "2: not implemented for cuda-sm90", checkpoint, tmp_path, target="h200", tensor_parallel_size=2
+    )
 
 
 def test_an_output_that_exists_is_kept(checkpoint: Path, tmp_path: Path) -> None:

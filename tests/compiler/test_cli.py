@@ -95,6 +95,13 @@ def test_the_plan_is_for_the_memory_that_is_given(checkpoint: Path) -> None:
     assert "cpu-avx2, fp32, KV cache fp32, TP 1" in many
 
 
+def test_memory_belongs_to_the_plan(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, "-o", tmp_path / "engine", "--memory", "1GiB")
+    assert result.exit_code == 2
+    assert "UsageError: build-engine: --memory belongs to --plan" in result.output
+    assert not (tmp_path / "engine").exists()
+
+
 def test_too_little_memory_is_told(checkpoint: Path) -> None:
     result = run(checkpoint, "--plan", "--memory", "1MB")
     assert "nothing: weights and activations alone take" in result.output

@@ -8,8 +8,7 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-if "triton" not in __import__("sys").modules:
-    pytest.importorskip("triton", reason='the GPU kernels need Triton: pip install "enginery[cuda]"')
+pytest.importorskip("triton", reason='the GPU kernels need Triton: pip install "enginery[cuda]"')
 
 from .interpreter import repair
 

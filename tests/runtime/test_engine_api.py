@@ -51,6 +51,12 @@ def test_outputs_come_in_order(engine: Engine) -> None:
     ]
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 3])
+def test_parameters_of_another_kind_are_refused(engine: Engine, params: Any) -> None:
+    with pytest.raises(RequestError, match="sampling_params must be SamplingParams, or a list of them"):
+        engine.generate("a", params)
+
+
 def test_bos_is_added_to_text_alone(make_engine: MakeEngine, sentencepiece: Tokenizer) -> None:
     engine = make_engine(sentencepiece)
     assert engine.generate("the cat", GREEDY)[0].prompt_token_ids[0] == 1

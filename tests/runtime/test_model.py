@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import enginery
 import pytest
 from enginery.engines.errors import EngineFormatError
 from enginery.engines.manifest import encode_manifest, hash_file, read_manifest
@@ -123,3 +124,9 @@ def test_files_of_other_sizes_are_named_each(copied_engine: Path) -> None:
         EngineFormatError, match=r"^[^\n]*tokenizer\.json: the manifest says \d+ bytes, found \d+[^\n]*$"
     ):
         open_engine(copied_engine)
+
+
+def test_a_model_is_called_what_its_directory_is(copied_engine: Path, tmp_path: Path) -> None:
+    copied_engine.rename(tmp_path / "storyteller")
+    with enginery.Engine.load(tmp_path / "storyteller" / ".") as engine:
+        assert engine.model.name == "storyteller"

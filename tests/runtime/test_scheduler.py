@@ -369,3 +369,20 @@ def test_an_open_ended_request_is_expected_to_take_what_others_took() -> None:
         while core.step():
             pass
     assert running_together() > 1
+
+
+def test_a_request_beyond_its_estimate_keeps_the_room_that_it_has() -> None:
+    core = Core(
+        spec_of((5,), 1, [8]),
+        config_of(enable_prefix_caching=False, expected_output_tokens=1, max_model_len=40),
+        "null",
+    )
+    core.submit({"prompt_token_ids": [1], "max_tokens": 20, "open_ended": True})
+    for _ in range(10):
+        core.step()
+    core.submit({"prompt_token_ids": [2] * 3, "max_tokens": 3})
+    core.step()
+    assert (core.stats()["num_running"], core.stats()["num_waiting"]) == (1, 1)
+    while core.step():
+        pass
+    assert core.stats()["num_preemptions"] == 0
