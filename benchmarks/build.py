@@ -74,17 +74,20 @@ def main() -> None:
         size = sum(path.stat().st_size for path in engine.iterdir())
         copies.append(copy_seconds(checkpoint, size, work / "copy"))
         (work / "copy").unlink()
+    ratios = [build / copy for build, copy in zip(builds, copies, strict=True)]
     result = {
         "shape": arguments.shape,
         "precision": arguments.precision,
         "build_s": statistics.median(builds),
         "copy_s": statistics.median(copies),
-        "ratio": statistics.median(build / copy for build, copy in zip(builds, copies, strict=True)),
+        "ratio": statistics.median(ratios),
+        "pairs_s": [[round(build, 3), round(copy, 3)] for build, copy in zip(builds, copies, strict=True)],
         "engine_bytes": size,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
     for name in ("build_s", "copy_s", "ratio"):
         print(f"{name:16} {result[name]:.2f}")
+    print(f"{'of single pairs':16} {min(ratios):.2f} to {max(ratios):.2f}: disks differ, and the copy is mostly theirs")
     print(f"{'engine':16} {size / 1e6:.0f} MB")
     print(f"{'peak RSS':16} {result['peak_rss_bytes'] / 1e6:.0f} MB")
     save(arguments.json, result)
