@@ -117,7 +117,7 @@ def prepare_cuda_core(
     shape = StateShape(plan.state_groups, 1, config.batched_tokens(target))
     beside = rank.weights.size + _activations(plan, limits)
     spec = {
-        "ranks": [rank_spec(rank, limits)],
+        "ranks": [rank_spec(rank, limits) | {"launches": list(_launch_specs(rank))}],
         **step_spec(
             files.manifest, plan, _choose_blocks(shape, max_model_len, target, config, gpu, beside), config, limits
         ),
@@ -127,7 +127,6 @@ def prepare_cuda_core(
             "tile_tokens": plan.tile_tokens,
             "max_blocks": max_blocks,
             "kernels": [_kernel_spec(files, kernel) for kernel in plan.kernels],
-            "launches": list(_launch_specs(rank)),
         },
     }
     loop = loop_config(plan, max_model_len, target, config)

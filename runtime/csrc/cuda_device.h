@@ -82,7 +82,7 @@ class CudaDevice {
 };
 
 // The first GPU that the driver shows. Throws TargetError where there is none that runs code for spec.cuda.arch.
-std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec);
-std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec);
+std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec, size_t rank);
+std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec, size_t rank);
 
 }  // namespace enginery

@@ -100,6 +100,13 @@ LaunchSpec read_launch(Fields& fields) {
 
 }  // namespace
 
+std::vector<LaunchSpec> read_launches(Fields& fields, const char* name) {
+    std::vector<LaunchSpec> launches;
+    if (!fields.has(name)) return launches;
+    fields.each(name, [&](Fields& entry) { launches.push_back(read_launch(entry)); });
+    return launches;
+}
+
 CudaSpec read_cuda_spec(Fields& fields) {
     CudaSpec spec;
     fields.required("arch", spec.arch);
@@ -107,7 +114,6 @@ CudaSpec read_cuda_spec(Fields& fields) {
     fields.required("tile_tokens", spec.tile_tokens);
     fields.required("max_blocks", spec.max_blocks);
     fields.each("kernels", [&](Fields& entry) { spec.kernels.push_back(read_kernel(entry)); });
-    fields.each("launches", [&](Fields& entry) { spec.launches.push_back(read_launch(entry)); });
     return spec;
 }
 

@@ -8,4 +8,7 @@ namespace enginery {
 
 CudaSpec read_cuda_spec(Fields& fields);
 
+// The launches under `name`, in order; none where there is no such entry, as on a CPU.
+std::vector<LaunchSpec> read_launches(Fields& fields, const char* name);
+
 }  // namespace enginery

@@ -200,7 +200,7 @@ void DriverDevice::replay(int32_t graph) {
     driver_.check(driver_.cuGraphLaunch(graphs_[static_cast<size_t>(graph)], stream_), "cuGraphLaunch");
 }
 
-std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec) {
+std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec, size_t /*rank*/) {
     return std::make_unique<DriverDevice>(spec);
 }
 

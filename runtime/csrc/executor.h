@@ -50,9 +50,10 @@ struct RankSpec {
     std::vector<WeightSpec> weights;
     std::vector<BufferSpec> buffers;
     int64_t arena_bytes = 0;
-    std::vector<CallSpec> forward;
-    int32_t logits_buffer = -1;  // rank 0: [rows, logits_stride] f32
-    int64_t logits_stride = 0;   // elements
+    std::vector<CallSpec> forward;     // of a CPU target
+    std::vector<LaunchSpec> launches;  // of a CUDA target
+    int32_t logits_buffer = -1;        // rank 0: [rows, logits_stride] f32
+    int64_t logits_stride = 0;         // elements
 };
 
 struct ExecutorSpec {
@@ -92,8 +93,9 @@ class Executor {
 
 std::unique_ptr<Executor> make_cpu_executor(const ExecutorSpec& spec);
 
-// On the first GPU, or on the null device (cuda_device.h).
-std::unique_ptr<Executor> make_cuda_executor(const ExecutorSpec& spec, std::unique_ptr<CudaDevice> device);
+// On GPUs or null devices (cuda_device.h), one for each rank.
+std::unique_ptr<Executor> make_cuda_executor(const ExecutorSpec& spec,
+                                             std::vector<std::unique_ptr<CudaDevice>> devices);
 
 // Keeps in each slot a hash of the tokens it can see through the block tables, and derives logits from it:
 // a wrong table, slot or position changes the tokens that come out.

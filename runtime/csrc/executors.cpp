@@ -7,13 +7,26 @@
 #include "cuda_device.h"
 
 namespace enginery {
+namespace {
+
+using DeviceFactory = std::unique_ptr<CudaDevice> (*)(const ExecutorSpec& spec, size_t rank);
+
+std::vector<std::unique_ptr<CudaDevice>> devices_of(const ExecutorSpec& spec, DeviceFactory make) {
+    std::vector<std::unique_ptr<CudaDevice>> devices;
+    for (size_t rank = 0; rank < spec.ranks.size(); ++rank) devices.push_back(make(spec, rank));
+    return devices;
+}
+
+}  // namespace
 
 ExecutorFactory find_executor(const std::string& name) {
     static const std::map<std::string, ExecutorFactory> executors = {
         {"cpu", make_cpu_executor},
-        {"cuda", [](const ExecutorSpec& spec) { return make_cuda_executor(spec, make_driver_device(spec)); }},
+        {"cuda",
+         [](const ExecutorSpec& spec) { return make_cuda_executor(spec, devices_of(spec, make_driver_device)); }},
         {"null", make_null_executor},
-        {"cuda-null", [](const ExecutorSpec& spec) { return make_cuda_executor(spec, make_null_device(spec)); }},
+        {"cuda-null",
+         [](const ExecutorSpec& spec) { return make_cuda_executor(spec, devices_of(spec, make_null_device)); }},
     };
     const auto found = executors.find(name);
     if (found != executors.end()) return found->second;

@@ -53,6 +53,8 @@ class Fields {
         }
     }
 
+    bool has(const char* name) const { return values_.contains(name); }
+
     // The entry as it is; not valid where there is none.
     nb::object take(const char* name) {
         if (!values_.contains(name)) return {};

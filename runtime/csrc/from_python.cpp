@@ -78,6 +78,7 @@ RankSpec read_rank(Fields& fields) {
     });
     fields.required("arena_bytes", rank.arena_bytes);
     fields.each("forward", [&](Fields& entry) { rank.forward.push_back(read_call(entry)); });
+    rank.launches = read_launches(fields, "launches");
     fields.optional("logits_buffer", rank.logits_buffer);
     fields.optional("logits_stride", rank.logits_stride);
     return rank;

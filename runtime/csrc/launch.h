@@ -52,14 +52,13 @@ struct LaunchSpec {
     std::vector<GuardRange> guard;
 };
 
-// What a CUDA target's plan has beside buffers and state. Its largest step is in ExecutorSpec.
+// What the plans of a CUDA target share beside state. Their largest step is in ExecutorSpec.
 struct CudaSpec {
     int32_t arch = 0;          // compute capability: 90 is 9.0
     int64_t shared_bytes = 0;  // that a block of threads can have
     int32_t tile_tokens = 0;   // most tokens of an entry of the step input `tiles`
     int32_t max_blocks = 0;    // entries of a row of the step input `block_table`
     std::vector<KernelSpec> kernels;
-    std::vector<LaunchSpec> launches;
 };
 
 }  // namespace enginery

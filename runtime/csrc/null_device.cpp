@@ -300,6 +300,8 @@ void NullDevice::run_model() {
     model_->collect();
 }
 
-std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec) { return std::make_unique<NullDevice>(spec); }
+std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec, size_t /*rank*/) {
+    return std::make_unique<NullDevice>(spec);
+}
 
 }  // namespace enginery

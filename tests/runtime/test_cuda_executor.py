@@ -146,7 +146,7 @@ Spec = dict[str, Any]
 
 def launches_of(spec: Spec, function: str) -> list[dict[str, Any]]:
     names = [kernel["name"] for kernel in spec["cuda"]["kernels"]]
-    return [launch for launch in spec["cuda"]["launches"] if function in names[launch["kernel"]]]
+    return [launch for launch in spec["ranks"][0]["launches"] if function in names[launch["kernel"]]]
 
 
 def argument(launch: dict[str, Any], name: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def change_argument(function: str, name: str, **changes: Any) -> Callable[[Spec]
 def remove(function: str) -> Callable[[Spec], None]:
     def damage(spec: Spec) -> None:
         for launch in launches_of(spec, function):
-            spec["cuda"]["launches"].remove(launch)
+            spec["ranks"][0]["launches"].remove(launch)
 
     return damage
 
@@ -191,7 +191,7 @@ def take_argument(spec: Spec) -> None:
 
 
 def one_region(spec: Spec) -> None:
-    for launch in spec["cuda"]["launches"]:
+    for launch in spec["ranks"][0]["launches"]:
         launch["region"] = 3
 
 
@@ -266,7 +266,7 @@ def test_the_null_device_notices(llama: Path, damage: str) -> None:
 REFUSED: dict[str, tuple[Callable[[Spec], None], str]] = {
     "shared memory": (change_kernel("linear_", shared_bytes=1 << 20), "of shared memory; sm90 has 232448"),
     "machine code cut off": (change_kernel("linear_", cubin=b"\x7fELF" + bytes(30)), "is no whole ELF file for a GPU"),
-    "a kernel that is not there": (lambda spec: spec["cuda"]["launches"][0].update(kernel=99999), "is not there"),
+    "a kernel that is not there": (lambda spec: spec["ranks"][0]["launches"][0].update(kernel=99999), "is not there"),
     "a buffer that is not there": (change_argument("embedding_", "out", index=9999), "is not there"),
     "a weight that is not there": (change_argument("embedding_", "table", index=-1), "is not there"),
     "a layer that is not there": (change_argument("kv_write_", "state", layer=77), "State of layer 77 of group 0"),

@@ -1,0 +1,264 @@
+#include "cuda_rank.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "errors.h"
+#include "weight_upload.h"
+
+namespace enginery {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+constexpr int64_t kWeightAlignment = 64;
+
+[[noreturn]] void refuse(const std::string& what) {
+    throw EngineFormatError(what + ". The engine is damaged or was not made for this runtime: build it again.");
+}
+
+// Whether offset .. offset + bytes lies within 0 .. size, for any three numbers.
+bool lies_within(int64_t offset, int64_t bytes, int64_t size) {
+    return offset >= 0 && bytes >= 0 && size >= 0 && bytes <= size && offset <= size - bytes;
+}
+
+const std::string& checked(const std::string& name) {
+    if (name.size() > 1000) refuse("A name of " + std::to_string(name.size()) + " characters");
+    return name;
+}
+
+}  // namespace
+
+CudaRank::CudaRank(const ExecutorSpec& spec, size_t rank, const StepInputs& inputs, int64_t inputs_bytes,
+                   std::unique_ptr<CudaDevice> device, ThreadPool& pool)
+    : spec_(spec), rank_(spec.ranks[rank]), device_(std::move(device)), inputs_bytes_(inputs_bytes) {
+    device_->make_current();
+    check_spec();
+    std::vector<int32_t> kernels;
+    for (const KernelSpec& kernel : spec_.cuda.kernels) kernels.push_back(device_->load_kernel(kernel));
+    allocate(pool);
+    add_regions(inputs);
+    for (const LaunchSpec& launch : rank_.launches) {
+        if (launch.kernel < 0 || static_cast<size_t>(launch.kernel) >= kernels.size()) {
+            refuse("A launch of kernel " + std::to_string(launch.kernel) + ", which is not there");
+        }
+        bind(launch, inputs);
+        launches_.back().device.kernel = kernels[static_cast<size_t>(launch.kernel)];
+    }
+    device_->synchronize();
+}
+
+void CudaRank::check_spec() const {
+    for (const BufferSpec& buffer : rank_.buffers) {
+        if (buffer.per_thread || !lies_within(buffer.offset, buffer.bytes, rank_.arena_bytes) ||
+            buffer.offset % kAlignment != 0) {
+            refuse("Buffer '" + checked(buffer.name) + "' lies outside of the arena, or not on 256 bytes");
+        }
+    }
+    const auto logits = static_cast<size_t>(rank_.logits_buffer);
+    if (rank_.logits_buffer < 0 || logits >= rank_.buffers.size() || rank_.logits_stride < spec_.vocab_size ||
+        rank_.logits_stride > INT32_MAX ||
+        rank_.buffers[logits].bytes < spec_.max_rows * rank_.logits_stride * static_cast<int64_t>(sizeof(float))) {
+        refuse("The logits of " + std::to_string(spec_.max_rows) + " rows do not fit their buffer");
+    }
+}
+
+void CudaRank::allocate(ThreadPool& pool) {
+    int64_t begin = rank_.weights_file_bytes, end = 0;
+    for (const WeightSpec& weight : rank_.weights) {
+        if (!lies_within(weight.offset, weight.bytes, rank_.weights_file_bytes) ||
+            weight.offset % kWeightAlignment != 0) {
+            refuse(rank_.weights_path + ": tensor '" + checked(weight.name) +
+                   "' lies outside of the file or not on 64 bytes");
+        }
+        begin = std::min(begin, weight.offset / kAlignment * kAlignment);
+        end = std::max(end, weight.offset + weight.bytes);
+    }
+    if (end <= begin) refuse(rank_.weights_path + ": no tensors");
+    weights_begin_ = begin;
+    weights_bytes_ = end - begin;
+    weights_ = device_->allocate(weights_bytes_, "weights");
+    arena_ = device_->allocate(rank_.arena_bytes, "activations");
+    device_->fill_zero(arena_, rank_.arena_bytes);
+    for (size_t group = 0; group < spec_.groups.size(); ++group) {
+        const int64_t block_bytes = spec_.groups[group].block_bytes, blocks = spec_.num_blocks[group];
+        if (block_bytes < 1 || block_bytes > (int64_t{1} << 40) || blocks < 1) {
+            refuse("State group '" + checked(spec_.groups[group].name) + "' has " + std::to_string(blocks) +
+                   " blocks of " + std::to_string(block_bytes) + " bytes");
+        }
+        if (blocks > INT64_MAX / 2 / block_bytes) throw CapacityError("No memory for the state of sequences.");
+        state_.push_back(device_->allocate(blocks * block_bytes, "the state of sequences"));
+        device_->fill_zero(state_.back(), blocks * block_bytes);
+    }
+    inputs_ = device_->allocate(inputs_bytes_, "step inputs");
+    upload_weights(*device_, pool, rank_.weights_path, rank_.weights_file_bytes, begin, end, weights_);
+}
+
+void CudaRank::add_regions(const StepInputs& inputs) {
+    for (const BufferSpec& buffer : rank_.buffers) {
+        buffer_regions_.push_back(
+            device_->add_region({OperandKind::kBuffer, buffer.name, -1, arena_ + static_cast<Address>(buffer.offset),
+                                 buffer.bytes, buffer.zeroed}));
+    }
+    for (const WeightSpec& weight : rank_.weights) {
+        const Address address = weights_ + static_cast<Address>(weight.offset - weights_begin_);
+        weight_regions_.push_back(
+            device_->add_region({OperandKind::kWeight, weight.name, -1, address, weight.bytes, true}));
+    }
+    for (const StepInputs::Input& input : inputs.inputs()) {
+        input_regions_.push_back(device_->add_region({OperandKind::kInput, input.name, input.group, 0, 0, false}));
+    }
+}
+
+// The layer in every block: from its place in the first block to the end of all.
+int32_t CudaRank::state_region(int32_t group, int32_t layer) {
+    const auto index = static_cast<size_t>(group);
+    if (group < 0 || index >= spec_.groups.size() || layer < 0 || layer >= spec_.groups[index].num_layers) {
+        refuse("State of layer " + std::to_string(layer) + " of group " + std::to_string(group) + " is not there");
+    }
+    const auto found = state_regions_.find({group, layer});
+    if (found != state_regions_.end()) return found->second;
+    const StateGroupSpec& spec = spec_.groups[index];
+    const int64_t offset = spec.block_bytes / spec.num_layers * layer;
+    const Region region{OperandKind::kState,
+                        spec.name,
+                        group,
+                        state_[index] + static_cast<Address>(offset),
+                        spec_.num_blocks[index] * spec.block_bytes - offset,
+                        true};
+    return state_regions_.emplace(std::pair(group, layer), device_->add_region(region)).first->second;
+}
+
+void CudaRank::bind(const LaunchSpec& launch, const StepInputs& inputs) {
+    BoundLaunch bound;
+    bound.spec = bound.device.spec = &launch;
+    for (const GuardRange& range : launch.guard) bound.guard.emplace_back(find_variable(range.variable), range);
+    for (const ArgumentSpec& argument : launch.arguments) {
+        bound.device.arguments.emplace_back();
+        bound.inputs.push_back(kNoInput);
+        if (argument.parameter == ParameterKind::kPointer) {
+            bind_pointer(bound, argument, inputs);
+        } else if (argument.parameter == ParameterKind::kF32) {
+            std::memcpy(&bound.device.arguments.back().bits, &argument.real, sizeof(argument.real));
+        }
+    }
+    launches_.push_back(std::move(bound));
+}
+
+void CudaRank::bind_pointer(BoundLaunch& bound, const ArgumentSpec& argument, const StepInputs& inputs) {
+    LaunchArgument& pointer = bound.device.arguments.back();
+    const auto index = static_cast<size_t>(argument.index);
+    const auto require = [&](size_t count) {
+        if (argument.index >= 0 && index < count) return;
+        refuse("Argument '" + checked(argument.name) + "': '" + checked(argument.target) + "' is not there");
+    };
+    const auto offset = static_cast<Address>(argument.offset);
+    switch (argument.kind) {
+        case OperandKind::kBuffer:
+            require(buffer_regions_.size());
+            pointer.region = buffer_regions_[index];
+            pointer.bits = arena_ + static_cast<Address>(rank_.buffers[index].offset) + offset;
+            break;
+        case OperandKind::kWeight:
+            require(weight_regions_.size());
+            pointer.region = weight_regions_[index];
+            pointer.bits = weights_ + static_cast<Address>(rank_.weights[index].offset - weights_begin_) + offset;
+            break;
+        case OperandKind::kState: {
+            require(spec_.groups.size());
+            pointer.region = state_region(argument.index, argument.layer);
+            const StateGroupSpec& group = spec_.groups[index];
+            const int64_t layer = group.block_bytes / group.num_layers * argument.layer;
+            pointer.bits = state_[index] + static_cast<Address>(layer);
+            pointer.extent = spec_.num_blocks[index] * group.block_bytes - layer;
+            break;
+        }
+        case OperandKind::kInput: {
+            const size_t input = inputs.find(argument.target, argument.index);
+            bound.inputs.back() = input;
+            pointer.region = input_regions_[input];
+            break;
+        }
+    }
+}
+
+void CudaRank::launch(const StepInputs& inputs, const Variables& variables, const std::byte* from, int64_t bytes,
+                      bool recurs) {
+    device_->make_current();
+    for (size_t index = 0; index < input_regions_.size(); ++index) {
+        const StepInputs::Input& input = inputs.inputs()[index];
+        device_->move_region(input_regions_[index], inputs_ + static_cast<Address>(input.offset), input.bytes);
+    }
+    device_->begin_step(variables);
+    device_->copy_to_device(inputs_, from, bytes);
+    if (!recurs) return run_launches(inputs, variables);
+    auto found = graphs_.find(variables);
+    if (found == graphs_.end()) found = graphs_.emplace(variables, capture(inputs, variables)).first;
+    device_->replay(found->second);
+}
+
+int32_t CudaRank::capture(const StepInputs& inputs, const Variables& variables) {
+    device_->begin_capture();
+    try {
+        run_launches(inputs, variables);
+    } catch (...) {
+        device_->abandon_capture();
+        throw;
+    }
+    return device_->end_capture();
+}
+
+void CudaRank::run_launches(const StepInputs& inputs, const Variables& variables) {
+    for (BoundLaunch& bound : launches_) {
+        const bool holds = std::all_of(bound.guard.begin(), bound.guard.end(), [&](const auto& guard) {
+            const int64_t value = value_of(variables, guard.first);
+            return guard.second.min <= value && value <= guard.second.max;
+        });
+        if (holds) run_launch(bound, inputs, variables);
+    }
+}
+
+void CudaRank::run_launch(BoundLaunch& bound, const StepInputs& inputs, const Variables& variables) {
+    DeviceLaunch& launch = bound.device;
+    bool empty = false;  // of a step without rows, or without decodes
+    for (size_t axis = 0; axis < launch.grid.size(); ++axis) {
+        launch.grid[axis] = bound.spec->grid[axis].evaluate(variables);
+        empty = empty || launch.grid[axis] == 0;
+    }
+    if (empty) return;
+    const bool extents = device_->wants_extents();
+    for (size_t index = 0; index < launch.arguments.size(); ++index) {
+        LaunchArgument& argument = launch.arguments[index];
+        const ArgumentSpec& spec = bound.spec->arguments[index];
+        if (spec.parameter == ParameterKind::kI32) {
+            argument.bits = static_cast<uint64_t>(spec.integer.evaluate(variables));
+        } else if (bound.inputs[index] != kNoInput) {
+            const StepInputs::Input& input = inputs.inputs()[bound.inputs[index]];
+            argument.bits = inputs_ + static_cast<Address>(input.offset);
+            argument.extent = input.bytes;
+        } else if (extents && spec.parameter == ParameterKind::kPointer && spec.kind != OperandKind::kState) {
+            argument.extent = spec.extent.evaluate(variables);
+        }
+    }
+    device_->launch(launch);
+}
+
+void CudaRank::copy_logits(float* to, int32_t num_rows) {
+    const auto logits = static_cast<size_t>(rank_.logits_buffer);
+    device_->copy_to_host(reinterpret_cast<std::byte*>(to), arena_ + static_cast<Address>(rank_.buffers[logits].offset),
+                          num_rows * rank_.logits_stride * static_cast<int64_t>(sizeof(float)));
+}
+
+void CudaRank::wait() {
+    device_->make_current();
+    device_->synchronize();
+}
+
+std::map<std::string, int64_t> CudaRank::memory() const {
+    int64_t state = 0;
+    for (size_t group = 0; group < state_.size(); ++group) {
+        state += spec_.num_blocks[group] * spec_.groups[group].block_bytes;
+    }
+    return {{"weights", weights_bytes_}, {"activations", rank_.arena_bytes + inputs_bytes_}, {"state", state}};
+}
+
+}  // namespace enginery
