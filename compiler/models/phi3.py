@@ -14,8 +14,6 @@ from .reader import ConfigReader
 
 def read_config(reader: ConfigReader) -> Config:
     """What config.json of a phi3 says."""
-    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
-        reader.only(key, False)
     for name in ("rope_parameters", "rope_scaling"):
         scaling = reader.raw.get(name)
         if isinstance(scaling, dict):  # transformers reads the names of early releases as longrope

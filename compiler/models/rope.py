@@ -161,7 +161,7 @@ def _llama3(spec: _Spec) -> Rope:
     factor, low, high = spec.number("factor"), spec.number("low_freq_factor"), spec.number("high_freq_factor")
     frequencies = _plain(spec)
     wavelengths, length = 2 * math.pi / frequencies, spec.original_length()
-    smooth = (length / wavelengths - low) / (high - low) if high != low else np.zeros_like(frequencies)
+    smooth = (length / wavelengths - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
     scaled = np.where(wavelengths > length / low, frequencies / factor, frequencies)
     medium = (wavelengths >= length / high) & (wavelengths <= length / low)

@@ -17,7 +17,7 @@ from .options import Options
 def fuse_norm(g: GraphBuilder, options: Options) -> None:
     """See the module."""
     for node in list(g.graph):
-        if node.graph is g.graph and is_op(node, "RMSNormalization") and not _is_post_norm(node):
+        if is_op(node, "RMSNormalization") and not _is_post_norm(node):
             _fuse(g.graph, node)
     left = [node.name for node in g.graph if is_op(node, "RMSNormalization")]
     assert not left, f"norms are left: {left}"
@@ -42,7 +42,7 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> None:
         return
     stream, delta, post_weight, old = add.inputs[0], add.inputs[1], None, [add, norm]
     post = producer(delta, "RMSNormalization")
-    if post is not None and only_user(post.outputs[0]) is add:
+    if post is not None:
         delta, post_weight = post.inputs[0], post.inputs[1]
         assert attribute(post, "epsilon") == attributes["eps"], "norms of a model have one epsilon"
         old = [post, add, norm]

@@ -1,8 +1,8 @@
 """Gives every product the precision that was asked for.
 
 Requires fused RmsNorm, Linear, Embedding and WriteKv nodes. Ensures that each Linear reads activations of the
-precision's type, from a Quantize behind the norm or in front of the Linear, that weights are marked
-with their layout's precision, and caches with theirs. fp32 changes nothing but the marks.
+precision's type, from a Quantize in front of the first Linear that reads them, that weights are marked with their
+layout's precision, and caches with theirs. fp32 changes nothing but the marks.
 """
 
 from __future__ import annotations
@@ -53,17 +53,13 @@ def _quantize_input(graph: ir.Graph, linear: ir.Node, activation: str) -> None:
 
 
 def _quantized(graph: ir.Graph, x: ir.Value, linear: ir.Node, activation: str) -> ir.Node:
-    """The node that quantizes `x`, made if there is none: a Quantize right behind the norm or in front of `linear`."""
+    """The node that quantizes `x`, made in front of `linear` if there is none."""
     found = next((user for user in users(x) if is_ours(user, "Quantize")), None)
     if found is not None:
         return found
     outputs: list[tuple[list[int | str], ir.DataType]] = [(dimensions(x), _TYPES[activation])]
     if activation in _SCALED:
         outputs.append(([dimensions(x)[0]], ir.DataType.FLOAT))
-    producer = x.producer()
     node = make_node("Quantize", [x], outputs, f"{x.name}.{activation}", DOMAIN, {"precision": activation})
-    if producer is not None and is_ours(producer, "RmsNorm"):
-        graph.insert_after(producer, node)
-    else:
-        graph.insert_before(linear, node)
+    graph.insert_before(linear, node)
     return node

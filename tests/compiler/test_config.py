@@ -194,6 +194,14 @@ def test_scaled_ropes_reach_further(tmp_path: Path) -> None:
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     assert read(tmp_path).max_model_len == 128
     assert read(tmp_path, **dynamic).max_model_len == 256
+    # Of two tables the one that reaches less decides; what Gemma says of positions has scaling in it.
+    linear = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+    full = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    both = dict.fromkeys(full, linear)
+    windows = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    assert read(tmp_path, **windows, rope_parameters=full).max_model_len == 128
+    assert read(tmp_path, **windows, rope_parameters=both).max_model_len == 1024
+    assert read(tmp_path, **_GEMMA, rope_parameters=both).max_model_len == 128
 
 
 @pytest.mark.parametrize(

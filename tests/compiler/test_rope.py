@@ -63,6 +63,7 @@ def expect(rope: Rope, config: Any, frequencies: tuple[float, ...], seq_len: int
         _LLAMA3,
         _LLAMA3 | {"rope_theta": 500000.0},
         _LLAMA3 | {"low_freq_factor": 0.5, "high_freq_factor": 30.0, "factor": 32.0},
+        _LLAMA3 | {"high_freq_factor": 1.0},
         _YARN,
         _YARN | {"rope_theta": 1e6},
         _YARN | {"beta_fast": 8.0, "beta_slow": 2.0},

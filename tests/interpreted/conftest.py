@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason='the GPU kernels need Triton: pip install "enginery[cuda]"')
 
-from .interpreter import repair
+from .interpreter import follow, repair
 
 repair()
+follow()

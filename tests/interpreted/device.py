@@ -5,6 +5,7 @@ Memory is poisoned before every step, so that what nobody has written shows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,22 @@ from enginery.engines.weights import read_weights_header
 from enginery.plugins.launches import Kernel
 from numpy.typing import NDArray
 
+from .accesses import Accesses
 from .interpreter import run_kernel
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New tokens of one sequence, of which `known` are computed already. blocks: of each state group."""
+    """New tokens of one sequence, of which `known` are computed already. blocks: of each state group.
+
+    is_padding: as the runtime fills a step up: nothing of it is kept.
+    """
 
     token_ids: list[int]
     known: int
     prompt_length: int
     blocks: list[int]
+    is_padding: bool = False
 
 
 class Address:
@@ -59,26 +65,67 @@ class Device:
             for group in plan.state_groups
         ]
         self._block_size = plan.state_groups[0].block_size
+        self.ranks = [self]
+        self._accesses = Accesses(
+            plan, self._arena_plan, {name: placed.tensor.num_bytes for name, placed in self._placed.items()}
+        )
 
     def step(self, pieces: list[Piece], rows: list[int]) -> NDArray[np.float32]:
         """Logits [rows, vocab] of a step; rows are indices of its packed tokens."""
+        (found,) = step_of_ranks([self], pieces, rows)
+        return found
+
+    def collectives(self, pieces: list[Piece], rows: list[int]) -> Iterator[Launch]:
+        """Runs a step. Yields launches as they meet other ranks': before they read, and after it if they meet twice."""
         self._poison()
         inputs, variables = self._inputs(pieces, rows)
+        self._variables = variables
+        self._accesses.begin_step(inputs["slots"], inputs["block_table"])
         for launch in self.plan.forward:
             assert isinstance(launch, Launch)
             if all(part.low <= variables[part.variable] <= part.high for part in launch.guard):
+                meetings = dict(self._kernels[launch.kernel].constants).get("MEETINGS", 0)
+                if meetings:
+                    yield launch
                 self._launch(launch, inputs, variables)
+                if meetings == 2:
+                    yield launch
+        self._accesses.end_step(len(rows))
+
+    def logits(self, num_rows: int) -> NDArray[np.float32]:
+        """[rows, vocab] of the step that has ended."""
         logits = self.plan.logits
         start = self._arena_plan.offsets[logits.buffer]
-        data = self._arena[start : start + len(rows) * logits.stride * 4].view(np.float32)
-        return data.reshape(len(rows), logits.stride)[:, : logits.columns].copy()
+        data = self._arena[start : start + num_rows * logits.stride * 4].view(np.float32)
+        return data.reshape(num_rows, logits.stride)[:, : logits.columns].copy()
+
+    def draw(self, inputs: dict[str, NDArray[Any]], asked: dict[str, int]) -> dict[str, NDArray[Any]]:
+        """What `sample` leaves for the rows of the step that has ended, by the names of `Draws`: u8 [rows, bytes].
+
+        inputs: the step inputs of `sample`; asked: its variables, but for the number of rows.
+        """
+        assert self.plan.draws is not None
+        variables = {**self._variables, **asked}
+        for launch in self.plan.sample:
+            if all(part.low <= variables[part.variable] <= part.high for part in launch.guard):
+                self._launch(launch, inputs, variables)
+        bytes_of_row = self.plan.draws.bytes_of_row()
+        return {
+            name: self._view(name)[: variables["rows"] * size].reshape(variables["rows"], size).copy()
+            for name, size in bytes_of_row.items()
+        }
 
     def _poison(self) -> None:
-        zeroed = {buffer.name: self._view(buffer.name) for buffer in self.plan.buffers if buffer.zeroed}
-        assert not any(view.any() for view in zeroed.values()), "a launch left its counters behind"
+        kept = {
+            buffer.name: self._view(buffer.name).copy() for buffer in self.plan.buffers if buffer.kept or buffer.zeroed
+        }
         self._arena[:] = 0xFF
-        for view in zeroed.values():
-            view[:] = 0
+        for name, content in kept.items():
+            self._view(name)[:] = content
+
+    def _check_zeroed(self) -> None:
+        for buffer in self.plan.buffers:
+            assert not buffer.zeroed or not self._view(buffer.name).any(), f"a launch leaves {buffer.name} behind"
 
     def _view(self, name: str) -> NDArray[np.uint8]:
         start = self._arena_plan.offsets[name]
@@ -100,7 +147,7 @@ class Device:
                 lengths.append(piece.prompt_length)
                 sequences.append(index)
                 block = piece.blocks[position // self._block_size]
-                slots.append(block * self._block_size + position % self._block_size)
+                slots.append(-1 if piece.is_padding else block * self._block_size + position % self._block_size)
         table = np.full((len(pieces), self.limits["max_blocks"]), -1, np.int32)
         for index, piece in enumerate(pieces):
             table[index, : len(piece.blocks)] = piece.blocks
@@ -135,9 +182,14 @@ class Device:
                 arguments[name] = self._address(item, kind, inputs)
             else:
                 arguments[name] = item.value if kind == "fp32" else evaluate(item.value, variables)  # type: ignore[arg-type]
-        run_kernel(kernel, grid, arguments)
+        declared = self._accesses.begin_launch(launch, variables, [rank._accesses for rank in self.ranks])
+        self._accesses.end_launch(launch, run_kernel(kernel, grid, arguments, declared))
+        self._check_zeroed()
 
     def _address(self, operand: Operand, kind: str, inputs: dict[str, NDArray[Any]]) -> Address:
+        if operand.kind == "peers":
+            found = [rank._arena.ctypes.data + rank._arena_plan.offsets[operand.name] for rank in self.ranks]
+            return Address(np.array(found, np.int64) + operand.offset, 0, kind)
         if operand.kind == "buffer":
             return Address(self._arena, self._arena_plan.offsets[operand.name] + operand.offset, kind)
         if operand.kind == "weight":
@@ -148,3 +200,14 @@ class Device:
         group = self.plan.state_groups[names.index(operand.name)]
         layer_bytes = group.block_bytes // group.layers
         return Address(self._state[names.index(operand.name)], operand.layer * layer_bytes, kind)
+
+
+def step_of_ranks(devices: list[Device], pieces: list[Piece], rows: list[int]) -> list[NDArray[np.float32]]:
+    """Each device's logits [rows, vocab] of a step, which they run in turns from one collective to the next: those that
+    come first write what is behind it before the last has read what was before it.
+    """
+    for device in devices:
+        device.ranks = sorted(devices, key=lambda each: each.plan.rank)
+    for launches in zip(*(device.collectives(pieces, rows) for device in devices), strict=True):
+        assert len({launch.kernel for launch in launches}) == 1, launches
+    return [device.logits(len(rows)) for device in devices]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,10 @@ import numpy as np
 import triton.language as tl
 from enginery.plugins.launches import Kernel
 from numpy.typing import NDArray
+from triton._C.libtriton import ir as _ir
 from triton.runtime import interpreter
+
+from .traces import Declared, Trace
 
 _TYPES = {
     np.dtype(np.float32): "fp32",
@@ -54,7 +58,7 @@ class Pointer:
 
 def launch(
     kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, NDArray[Any] | Pointer | int | float | None]
-) -> None:
+) -> Trace:
     """Runs every program of the grid, one after the other. Arguments are changed in place."""
     given = {}
     for name, kind in kernel.parameters:
@@ -65,15 +69,93 @@ def launch(
         given[name] = value
     unknown = set(arguments) - set(given)
     assert not unknown, f"{kernel.name} has no parameters {unknown}"
-    run_kernel(kernel, grid, given)
+    return run_kernel(kernel, grid, given, {})
 
 
-def run_kernel(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-    """Runs every program of the grid; arguments are what the interpreter takes."""
+def run_kernel(
+    kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any], declared: Mapping[str, Declared]
+) -> Trace:
+    """Runs every program of the grid and tells what it has touched; arguments are what the interpreter takes.
+
+    declared: what may be touched, where it is less than the array that is given.
+    """
     module = importlib.import_module(f"enginery.plugins.{kernel.plugin}.triton")
-    # Nothing runs beside the programs: there is nobody to wait for.
-    constants = {name: False if name == "PDL" else value for name, value in kernel.constants}
-    getattr(module, kernel.function)[grid](**arguments, **constants)
+    # Ranks run one after the other: none waits for another.
+    constants = {name: False if name == "WAIT" else value for name, value in kernel.constants}
+    assert constants.get("PDL", False) == kernel.pdl, f"{kernel.name} waits for its predecessor, or not"
+    pointers = {name: item for name, item in arguments.items() if hasattr(item, "data_ptr")}
+    trace = Trace(kernel.name, kernel.pdl, pointers, declared)
+    return run_function(getattr(module, kernel.function), grid, {**arguments, **constants}, trace)
+
+
+def run_function(function: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], trace: Trace) -> Trace:
+    """A Triton function, with the pointers of the trace in place of those of the arguments. Returns the trace."""
+    _running.trace = trace
+    try:
+        function[grid](**{**arguments, **trace.arguments})
+        trace.end()
+    finally:
+        _running.trace = None
+    return trace
+
+
+class _Running:
+    """The launch that is being run, if any."""
+
+    trace: Trace | None = None
+
+
+_running = _Running()
+
+
+def follow() -> None:
+    """Makes the interpreter tell the trace of a launch what its programs do."""
+    builder = interpreter.InterpreterBuilder
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    set_grid_idx = builder.set_grid_idx
+
+    def seen(kind: str, pointers: Any, mask: Any, ordered: bool = False) -> Any:
+        if _running.trace is None:
+            return pointers
+        addresses = _running.trace.access(kind, pointers.data, mask.data, ordered)
+        return interpreter.TensorHandle(addresses, pointers.dtype)
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, seen("loads", pointers, mask), mask, *rest)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, seen("stores", pointers, mask), value, mask, *rest)
+
+    def create_atomic_rmw(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        ordered = sem == _ir.MEM_SEMANTIC.ACQUIRE_RELEASE
+        return atomic(self, operation, seen("counts", pointers, mask, ordered), value, mask, sem, scope)
+
+    def begin_program(self: Any, x: int, y: int, z: int) -> None:
+        set_grid_idx(self, x, y, z)
+        if _running.trace is not None:
+            _running.trace.begin_program(x, y, z)
+
+    def create_barrier(self: Any) -> None:
+        if _running.trace is not None:
+            _running.trace.barrier()
+
+    def create_inline_asm(self: Any, text: str, constraints: str, values: Any, *rest: Any) -> Any:
+        assert text.startswith("prefetch.global.L2 "), f"the interpreter knows no {text!r}"
+        if _running.trace is not None:
+            _running.trace.prefetch(values[0].data, 128)
+        found = interpreter.TensorHandle(np.zeros(values[0].data.shape, np.int32), tl.int32)
+        return SimpleNamespace(get_result=lambda index: found)
+
+    def wait() -> None:
+        if _running.trace is not None:
+            _running.trace.wait()
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    builder.create_atomic_rmw, builder.create_barrier = create_atomic_rmw, create_barrier
+    builder.set_grid_idx, builder.create_inline_asm = begin_program, create_inline_asm
+    # As kernels import it: the attribute of the package is another module object.
+    cuda: Any = importlib.import_module("triton.language.extra.cuda")
+    cuda.gdc_wait, cuda.gdc_launch_dependents = wait, lambda: None
 
 
 def repair() -> None:
@@ -118,7 +200,23 @@ def repair() -> None:
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(builder, name, lambda self, source, wanted: self.cast_impl(source, wanted))
     interpreter._patch_lang_tensor = patch_lang_tensor
-    interpreter.GridExecutor._init_args_hst = lambda self, positional, named: (list(positional), dict(named))
+    # For each call of a function the interpreter looks through the whole language: once for each module is enough in a
+    # launch, and takes a quarter of the time off.
+    patched: set[str] = set()
+
+    def call(self: Any, *positional: Any, **named: Any) -> Any:
+        module = self.fn.__module__
+        if module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*positional, **named)
+
+    def begin_launch(self: Any, positional: Any, named: Any) -> tuple[list[Any], dict[str, Any]]:
+        patched.clear()
+        return list(positional), dict(named)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.GridExecutor._init_args_hst = begin_launch
     interpreter.GridExecutor._restore_args_dev = lambda self, *arguments: None
 
 
@@ -144,10 +242,12 @@ def _round(values: NDArray[Any]) -> NDArray[np.uint16]:
 
 
 def _exact(handle: Any) -> NDArray[Any]:
-    """Values as they are multiplied: every product exact, sums in float32, of int8 in float64, which holds them."""
+    """Values as they are multiplied: products and their sums in float64, which holds them in whatever order. NumPy's
+    order depends on where in a matrix a row stands, and a GPU's does not.
+    """
     kind = handle.dtype.scalar
     if kind == tl.bfloat16:
-        return _widen(handle)
+        return _widen(handle).astype(np.float64)
     if kind.is_fp8():
-        return np.ascontiguousarray(handle.data).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return handle.data.astype(np.float64 if kind == tl.int8 else np.float32)
+        return np.ascontiguousarray(handle.data).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return handle.data.astype(np.float64)

@@ -107,7 +107,7 @@ class Scene:
         inputs |= {"max_blocks": self.block_table.shape[1]} | self.state.arguments(LAYER)
         if self.q_norm is not None:
             inputs["q_norm"] = self.q_norm
-        sizes = {"tokens": tokens}
+        sizes = {"tokens": tokens, "max_blocks": self.block_table.shape[1]}
         if rows is not None:
             sizes["rows"], inputs["rows"] = len(rows), rows.astype(np.int32)
         else:
@@ -173,7 +173,8 @@ def run_launches(launches: tuple[Launch, ...], sizes: dict[str, int], inputs: di
             kind = np.int32 if dict(case.kernel.parameters)[name] == "*i32" else np.float32
             scratch[name] = np.full(evaluate(wanted.bytes, sizes) // 4, 0 if wanted.zeroed else -1, kind)
         names = [name for name, _ in case.kernel.parameters]
-        arguments = {name: inputs[name] for name in names if name in inputs} | scratch | case.values
+        given = inputs | {name: inputs[of] for name, of in case.inputs.items()}
+        arguments = {name: given[name] for name in names if name in given} | scratch | case.values
         x, y, z = (evaluate(size, sizes) for size in case.grid)
         for _ in range(2 if scratch else 1):
             launch(case.kernel, (x, y, z), arguments)

@@ -76,7 +76,7 @@ class Device:
         self.scratch: dict[str, NDArray[Any]] = {}
 
     def run(self) -> list[tuple[int, float, int]]:
-        for plan in cuda.launches(self.sampler, architecture=80):
+        for plan in cuda.launches(self.sampler, architecture=90):
             self._launch(plan, rows=len(self.arrays["token"]))
         assert not self.scratch["arrivals"].any()
         return list(zip(*(self.arrays[name].tolist() for name in ("token", "logprob", "rank")), strict=True))
@@ -91,7 +91,7 @@ class Device:
         kinds = {"slots": np.int32, "tokens": np.int32, "counts": np.int32, "biases": np.float32}
         for (name, kind), values in zip(kinds.items(), zip(*entries, strict=True), strict=True):
             self.arrays[name] = np.array(values, kind)
-        for plan in cuda.edit_launches(self.sampler, architecture=80):
+        for plan in cuda.edit_launches(self.sampler, architecture=90):
             self._launch(plan, edits=len(entries))
 
     def _launch(self, plan: Launch, **variables: int) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from enginery.compiler.checkpoint.tensors import open_checkpoint
@@ -13,6 +14,8 @@ from enginery.compiler.graph.builder import GraphBuilder, attribute, rows_of, we
 from enginery.compiler.graph.rewrite import input_of, is_op, is_ours, users
 from enginery.compiler.models import build_graph, read_config
 from enginery.compiler.passes import PASSES
+from enginery.compiler.passes.fold_constants import scalar_of
+from enginery.compiler.passes.fuse_gate_up import fuse_gate_up
 from enginery.compiler.passes.options import Options
 from enginery.compiler.passes.shard import check_divisible, vocab_starts
 from enginery.engines.errors import CompileError
@@ -66,6 +69,44 @@ def test_products_of_one_input_are_one(case: str, weights_read: int, tmp_path: P
     assert len(linears) == weights_read * LAYERS + 1 + 1
     assert len({input_of(node, 0) for node in linears}) == len(linears)
     assert Counter(attribute(node, "activation") for node in linears)["silu_gated"] == LAYERS
+
+
+def built(case: str, directory: Path) -> GraphBuilder:
+    """The graph of a tiny model before any pass."""
+    make_checkpoint(case, directory)
+    with open_checkpoint(directory) as checkpoint:
+        return build_graph(read_config(directory), checkpoint)
+
+
+def named(g: GraphBuilder, name: str) -> ir.Node:
+    return next(node for node in g.graph if node.name == name)
+
+
+def test_products_of_which_only_some_have_a_bias_stay_apart_and_share_what_they_read(tmp_path: Path) -> None:
+    g = built("llama-biases", tmp_path)
+    named(g, "layers.0.k_proj").resize_inputs(2)
+    for step in PASSES:
+        step(g, replace(OPTIONS, precision=PRECISIONS["int8"]))
+    found = {node.name: node for node in g.graph if is_ours(node, "Linear")}
+    projections = [found[f"layers.0.{letter}_proj"] for letter in "qkv"]
+    assert [node.inputs[2] is not None for node in projections] == [True, False, True]
+    assert len({input_of(node, 0) for node in projections}) == 1
+    assert "layers.1.qkv" in found
+
+
+def test_only_a_gate_and_an_up_of_one_input_are_one(tmp_path: Path) -> None:
+    g = built("llama", tmp_path)
+    up = named(g, "layers.0.up_proj")
+    up.replace_input_with(0, input_of(named(g, "layers.0.post_attention_layernorm"), 0))
+    fuse_gate_up(g, OPTIONS)
+    assert [node.name for node in of_type(g, "Mul")] == ["layers.0.gated"]
+    assert len([node for node in g.graph if is_ours(node, "Linear")]) == LAYERS - 1
+
+
+def test_only_scalars_are_folded() -> None:
+    g = GraphBuilder("constants")
+    assert scalar_of(g.constant("one", np.array([2.0], np.float32))) == 2.0
+    assert scalar_of(g.constant("two", np.array([2.0, 2.0], np.float32))) is None
 
 
 def test_residuals_are_epilogues_of_products_and_norms(tmp_path: Path) -> None:
@@ -157,3 +198,16 @@ def test_what_does_not_divide_is_named_with_what_would_do(tmp_path: Path) -> Non
     check_divisible(config, 3)
     with pytest.raises(CompileError, match=r"6 \(possible here: 1, 3\): intermediate_size = 9 is not a multiple of 6"):
         check_divisible(config, 6)
+
+
+@pytest.mark.parametrize(("case", "fused"), [("llama", 6), ("gemma3_text-softcap", 0)])
+def test_residuals_are_epilogues_of_sums_over_ranks(case: str, fused: int, tmp_path: Path) -> None:
+    """On GPUs; but for the embedding's, and sums that are normalised before they are added."""
+    options = replace(OPTIONS, target=TARGETS["cuda-sm90"], world_size=2)
+    g = after("fuse_all_reduce", case, tmp_path, options)
+    sums = of_type(g, "AllReduce")
+    assert sum(len(node.inputs) == 2 for node in sums) == fused
+    norms = of_type(g, "RmsNorm")
+    assert sum(node.inputs[1] is not None and node.inputs[2] is None for node in norms) == 0
+    on_cpu = after("fuse_all_reduce", case, tmp_path, replace(options, target=OPTIONS.target))
+    assert all(len(node.inputs) == 1 for node in of_type(on_cpu, "AllReduce"))
