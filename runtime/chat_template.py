@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..engines.documents import choose_template
 from ..engines.errors import RequestError
 from .template_process import TemplateProcess
 
@@ -66,14 +67,9 @@ class ChatTemplate:
 
 
 def read_chat_template(jinja: str | None, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:
-    """The template of chat_template.jinja, or else of tokenizer_config.json (the "default" one of several)."""
-    source: object = jinja if jinja is not None else tokenizer_config.get("chat_template")
-    if isinstance(source, list):
-        named = {str(item.get("name")): item.get("template") for item in source if isinstance(item, dict)}
-        source = named.get("default", next(iter(named.values()), None))
-    elif isinstance(source, dict):
-        source = source.get("default", next(iter(source.values()), None))
-    if not isinstance(source, str) or not source:
+    """The template that an engine has (engines/documents.py), with its special tokens."""
+    source = choose_template(jinja, tokenizer_config)
+    if source is None:
         return None
     tokens = {name: _token_text(tokenizer_config.get(name)) for name in _SPECIAL_TOKENS}
     return ChatTemplate(source, {name: text for name, text in tokens.items() if text is not None})

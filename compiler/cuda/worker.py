@@ -45,7 +45,12 @@ def compile_kernel(kernel: Kernel, arch: int, file: str) -> tuple[KernelImage, b
         constants,
         {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "launch_pdl": kernel.pdl}
+    options = {
+        "num_warps": kernel.num_warps,
+        "num_stages": kernel.num_stages,
+        "launch_pdl": kernel.pdl,
+        "maxnreg": kernel.registers or None,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     metadata, cubin = compiled.metadata, compiled.asm["cubin"]
     assert metadata.global_scratch_size == 0, f"{kernel.name} needs global scratch"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...engines.expressions import Expression
 from ...engines.fields import LARGEST
 from ...engines.plan import Range
-from ..kv_write.cuda import ELEMENT_BYTES, StateLayout, padded_width
+from ..kv_write.cuda import BLOCK_TOKENS, ELEMENT_BYTES, StateLayout, padded_width
 from ..launches import Constant, Kernel, Launch, Scratch
 
 TILE_TOKENS = 128
@@ -16,7 +16,10 @@ TILE_TOKENS = 128
 
 @dataclass(frozen=True)
 class Attention:
-    """An operator `attention`. q_offset, stride: elements, in the rows that hold q. window 0: none; softcap 0: none."""
+    """An operator `attention`. q_offset, stride: elements, in the rows that hold q. window 0: none; softcap 0: none.
+
+    invariant: a token's result must not depend on what else is in the step: one kernel for decode and for prefill
+    """
 
     layout: StateLayout
     num_heads: int
@@ -28,6 +31,7 @@ class Attention:
     softcap: float
     window: int
     has_norm: bool
+    invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,25 @@ PREFILL = {
     ("wide", "8 bits", 100): Tiles(64, 32, 8, 2),
 }
 
+# Of a thread.
+_ALL_REGISTERS = 255
+# Keys whose results are found by themselves, and then taken together; a decoding token can have a program for each.
+SPAN = 256
+# Up to so many pairs of tokens and KV heads; more fill a GPU without.
+SPAN_PAIRS = 64
+# Of the one kernel that keeps two sums, of a span and of those before: by whether heads are wide, the cache's type, ""
+# for any, and the architecture, 0 for all others.
+INVARIANT = {
+    ("narrow", "", 0): Tiles(32, 64, 4, 2),
+    ("narrow", "", 90): Tiles(64, 64, 8, 2),
+    ("narrow", "", 100): Tiles(64, 64, 8, 2),
+    ("wide", "", 0): Tiles(32, 32, 4, 2),
+    ("wide", "bf16", 90): Tiles(64, 32, 8, 2),
+    ("wide", "8 bits", 90): Tiles(32, 32, 8, 2),
+    ("wide", "bf16", 100): Tiles(64, 16, 8, 2),
+    ("wide", "8 bits", 100): Tiles(64, 32, 8, 2),
+}
+
 
 def decode_tiles(layout: StateLayout, group: int) -> Tiles:
     """32 KiB of keys and values in a tile, two tiles in flight: two or three programs share an SM, one 99 KiB."""
@@ -95,13 +118,25 @@ def prefill_tiles(layout: StateLayout, rot_dim: int, architecture: int) -> Tiles
     """The largest tiles that no register spills from."""
     width = padded_width(layout.head_dim)
     heads = "wide" if width > 128 else "whole" if rot_dim == width else "part"
-    kind = "bf16" if layout.kv_dtype == "bf16" else "8 bits"
-    default = PREFILL[heads, kind, 0]
-    return PREFILL.get((heads, kind, architecture), default)
+    default = PREFILL[heads, _kind(layout), 0]
+    return PREFILL.get((heads, _kind(layout), architecture), default)
+
+
+def invariant_tiles(layout: StateLayout, architecture: int) -> Tiles:
+    """As prefill_tiles, but no tile has more than 64 keys: they begin at multiples, where a window's block may too."""
+    heads = "wide" if padded_width(layout.head_dim) > 128 else "narrow"
+    keys = ((heads, _kind(layout), architecture), (heads, "", architecture), (heads, "", 0))
+    return next(INVARIANT[key] for key in keys if key in INVARIANT)
+
+
+def _kind(layout: StateLayout) -> str:
+    return "bf16" if layout.kv_dtype == "bf16" else "8 bits"
 
 
 def attention_launches(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
     """domain "tokens": decode for the step's `decodes`, prefill for its `tiles`; "rows": every row decodes."""
+    if operator.invariant:
+        return _invariant(operator, architecture, domain, pdl)
     if domain == "rows":
         return _decode(operator, architecture, "rows", pdl)
     return (*_decode(operator, architecture, "decodes", pdl), _prefill(operator, architecture, pdl))
@@ -150,6 +185,52 @@ def _prefill(operator: Attention, architecture: int, pdl: bool) -> Launch:
     kernel = _kernel(operator, "prefill", (("tiles", "*i32"), ("out", "*bf16")), (), constants, tiles, pdl)
     grid: Expression = ["*", "tiles", TILE_TOKENS // tiles.rows]
     return Launch(kernel, (operator.num_heads, grid, 1), (Range("tiles", 1, LARGEST),))
+
+
+def _invariant(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
+    """One kernel: few decoding tokens have a program for each span of keys, more and tiles one for all spans."""
+    layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
+    tiles = invariant_tiles(layout, architecture)
+    group_rows = min(1 << (group - 1).bit_length(), tiles.rows)
+    constants: dict[str, Constant] = {"GROUP_ROWS": group_rows, "ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS}
+    kernel = _kernel(
+        operator,
+        "attend_any",
+        (("items", "*i32"), ("out", "*bf16"), ("partials", "*fp32"), ("partial_sums", "*fp32"), ("arrivals", "*i32")),
+        (("single", "i32"),),
+        constants | {"TILE": tiles.keys, "SPAN": SPAN, "PACKED": domain == "rows"},
+        tiles,
+        pdl,
+    )
+    kernel = replace(kernel, registers=_ALL_REGISTERS)
+    head_parts = layout.num_kv_heads * -(-group // group_rows)
+
+    def launch(items: Expression, spans: Expression, queries: str, guard: Range) -> Launch:
+        # Programs of all spans leave nothing for others, but have the parameters.
+        pairs: Expression = 1 if spans == 1 else ["*", items, head_parts]
+        each: Expression = ["*", pairs, spans]
+        scratch = {
+            "partials": Scratch(["*", each, group_rows * layout.head_dim * 4]),
+            "partial_sums": Scratch(["*", each, 2 * group_rows * 4]),
+            "arrivals": Scratch(["*", pairs, 4], zeroed=True),
+        }
+        values: dict[str, int | float] = {"single": int(queries != "tiles")}
+        return Launch(kernel, (items, head_parts, spans), (guard,), scratch, values, {"items": queries})
+
+    variable, queries = ("rows", "rows") if domain == "rows" else ("decodes", "decode_tokens")
+    high = max(SPAN_PAIRS // head_parts, 1)
+    few = launch(variable, _most_spans(operator.window), queries, Range(variable, 1, high))
+    more = launch(variable, 1, queries, Range(variable, high + 1, LARGEST))
+    if domain == "rows":
+        return few, more
+    parts = TILE_TOKENS * group_rows // tiles.rows
+    return few, more, launch(["*", "tiles", parts], 1, "tiles", Range("tiles", 1, LARGEST))
+
+
+def _most_spans(window: int) -> Expression:
+    """That a token sees keys in."""
+    spans: Expression = ["ceil_div", "max_blocks", SPAN // BLOCK_TOKENS]
+    return ["min", spans, (window + BLOCK_TOKENS) // SPAN + 2] if window else spans
 
 
 def _kernel(

@@ -1,13 +1,14 @@
 """linear on NVIDIA GPUs: which kernel does a product, in which tiles, for which number of rows.
 
 The numbers that a run on a GPU would change are in tuning.json: under "<type>/sm<arch>/<weight rows>x<k>", else
-"<type>/sm<arch>", else "<type>", the tiles of one product by the number of its rows.
+"<type>/sm<arch>", else "<type>", the tiles of one product by the number of its rows; under "invariant/<type>/sm<arch>",
+else "invariant/<type>", the one tile of products that must not depend on it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Linear:
     softcap     0 where there is none
     prologue    how `a` comes from x: None (it is there), "quantize" or "norm" (and quantize)
     eps         of the norm
+    invariant   a row's result must not depend on how many there are: one kernel for any number, and no prologue
     """
 
     n: int
@@ -52,6 +54,7 @@ class Linear:
     residual: bool = False
     prologue: str | None = None
     eps: float = 0.0
+    invariant: bool = False
 
     @property
     def gated(self) -> bool:
@@ -65,7 +68,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut, for counts up to `most` (None: all above the others).
+    """How a product is cut, for counts up to `most` (None: all above the others). An invariant one is cut alike for any
+    count, but up to `most` the parts of K have programs of their own.
 
     small     by gemm_small, whose tiles hold all rows
     prologue  so many values of x (rows x columns) it may normalise and quantize itself, in every program; 0: reads a
@@ -95,6 +99,8 @@ def linear_launches(linear: Linear, arch: int, num_sms: int) -> tuple[Launch, ..
 
     With a prologue those for few rows (`fused_rows`) read x and norm_weight, the others a and a_scale.
     """
+    if linear.invariant:
+        return _invariant_launches(linear, arch, num_sms)
     launches = []
     first = 1
     for tile in _tiles(linear, arch):
@@ -106,7 +112,22 @@ def linear_launches(linear: Linear, arch: int, num_sms: int) -> tuple[Launch, ..
 
 def fused_rows(linear: Linear, arch: int) -> int:
     """Up to how many rows the launches read x; 0: they all read a."""
+    if linear.invariant:
+        return 0
     return max((tile.most or 0 for tile in _tiles(linear, arch) if tile.prologue), default=0)
+
+
+def _invariant_launches(linear: Linear, arch: int, num_sms: int) -> tuple[Launch, ...]:
+    """One kernel for any count. Few rows have a program for each part of K, many one for all, which adds alike."""
+    key = f"invariant/{linear.dtype}"
+    (tile,) = _table().get(f"{key}/sm{arch}") or _table()[key]
+    few = _launch(linear, tile, Range(linear.domain, 1, tile.most or LARGEST), arch, num_sms)
+    if not few.scratch:
+        return (replace(few, guard=(Range(linear.domain, 1, LARGEST),)),)
+    # The kernel's parameters all the same, of which nothing is touched.
+    scratch = {name: replace(memory, bytes=4) for name, memory in few.scratch.items()}
+    guard = Range(linear.domain, (tile.most or LARGEST) + 1, LARGEST)
+    return few, replace(few, grid=(few.grid[0], 1, 1), guard=(guard,), scratch=scratch)
 
 
 def _launch(linear: Linear, tile: Tile, guard: Range, arch: int, num_sms: int) -> Launch:
@@ -118,7 +139,7 @@ def _launch(linear: Linear, tile: Tile, guard: Range, arch: int, num_sms: int) -
     constants = _constants(linear, tile, depth, splits, arch >= 90) | {"COLUMN_TILES": column_tiles}
     kernel = Kernel(
         plugin="linear",
-        function="gemm_small" if tile.small else "gemm",
+        function="gemm_any" if linear.invariant else "gemm_small" if tile.small else "gemm",
         role="gemm",
         parameters=tuple((name, kind) for name, kind in operands.items() if kind is not None),
         constants=(*((name, None) for name, kind in operands.items() if kind is None), *constants.items()),

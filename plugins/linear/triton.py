@@ -1,8 +1,9 @@
-"""linear on NVIDIA GPUs: two matrix products, which share their epilogue (triton_epilogue.py).
+"""linear on NVIDIA GPUs: matrix products, which share their epilogue (triton_epilogue.py).
 
 gemm        for many rows: they are the M side of the tensor cores' instruction, a tile of the weights the N side.
 gemm_small  for few: out transposed = weight x a transposed, so that tiles of weights fill the M side, which is 64 at
             least on sm_90; reads x in place of a where it normalises and quantizes its rows itself.
+gemm_any    for any number, with the same bits for a row among however many (triton_invariant.py).
 
 Pointers, with rows of K (a, x, weight) and OUT_STRIDE (out, residual) elements, K and N padded to 128 with zeros:
     a [count, K], a_scale [count]?, x [count, K], norm_weight [X_COLUMNS]?, weight [N, K], weight_scale [N]?, bias [N]?,
@@ -14,6 +15,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_epilogue import finish
+from .triton_invariant import gemm_any
+from .triton_tiles import grouped, prefetch, share_of_depth, weight_tile
+
+__all__ = ["gemm", "gemm_any", "gemm_small"]
 
 _NORM_TILE = tl.constexpr(4096)
 
@@ -52,22 +57,22 @@ def gemm(
 
     PREFETCH  bytes of each weight row to bring into the L2 cache while the kernel before is still at work
     """
-    row_tile, column_tile = _grouped(tl.program_id(0), tl.cdiv(count, ROWS), COLUMN_TILES, GROUP)
+    row_tile, column_tile = grouped(tl.program_id(0), tl.cdiv(count, ROWS), COLUMN_TILES, GROUP)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     depths = tl.arange(0, DEPTH)
-    weight_tile = _weight_tile(weight, column_tile, N, K, COLUMN_TILES, COLUMNS, DEPTH)
+    weights = weight_tile(weight, column_tile, N, K, COLUMN_TILES, COLUMNS, DEPTH)
     # Rows that do not exist are copies of the last: so loads need no masks.
     a_tile = a + tl.minimum(rows, count - 1).to(tl.int64)[:, None] * K + depths[None, :]
-    begin, end = _share_of_depth(K, SHARE)
+    begin, end = share_of_depth(K, SHARE)
     if PDL:
-        _prefetch(weight + begin, column_tile, N, K, COLUMN_TILES, COLUMNS, PREFETCH)
+        prefetch(weight + begin, column_tile, N, K, COLUMN_TILES, COLUMNS, PREFETCH)
         gdc_launch_dependents()
         gdc_wait()
     row_scale = None if a_scale is None else tl.load(a_scale + rows, mask=rows < count, other=0.0)
     sums = tl.zeros((ROWS, COLUMNS), tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32)
     for depth in tl.range(begin, end, DEPTH):
         left = tl.load(a_tile + depth)
-        right = tl.load(weight_tile + depth)
+        right = tl.load(weights + depth)
         sums = tl.dot(left, tl.trans(right), sums, max_num_imprecise_acc=IMPRECISE, out_dtype=sums.dtype)
     finish(
         sums, row_scale, weight_scale, bias, residual, out, partials, counters, row_tile * COLUMN_TILES + column_tile,
@@ -118,10 +123,10 @@ def gemm_small(
     rows = tl.arange(0, ROWS)
     depths = tl.arange(0, DEPTH)
     exists = rows[:, None] < count
-    weight_tile = _weight_tile(weight, column_tile, N, K, COLUMN_TILES, COLUMNS, DEPTH)
-    begin, end = _share_of_depth(K, SHARE)
+    weights = weight_tile(weight, column_tile, N, K, COLUMN_TILES, COLUMNS, DEPTH)
+    begin, end = share_of_depth(K, SHARE)
     if PDL:
-        _prefetch(weight + begin, column_tile, N, K, COLUMN_TILES, COLUMNS, PREFETCH)
+        prefetch(weight + begin, column_tile, N, K, COLUMN_TILES, COLUMNS, PREFETCH)
         gdc_launch_dependents()
         gdc_wait()
     kind: tl.constexpr = weight.dtype.element_ty
@@ -130,14 +135,14 @@ def gemm_small(
         row_scale = None if a_scale is None else tl.load(a_scale + rows, mask=rows < count, other=0.0)
         a_tile = a + rows[:, None] * K + depths[None, :]
         for depth in tl.range(begin, end, DEPTH):
-            left = tl.load(weight_tile + depth)
+            left = tl.load(weights + depth)
             right = tl.load(a_tile + depth, mask=exists, other=0.0)
             sums = tl.dot(left, tl.trans(right), sums, max_num_imprecise_acc=IMPRECISE, out_dtype=sums.dtype)
     else:
         factor, row_scale = _row_factors(x, norm_weight, count, K, X_COLUMNS, X_ROWS, EPS, ROWS, kind)
         x_tile = x + rows[:, None] * K + depths[None, :]
         for depth in tl.range(begin, end, DEPTH):
-            left = tl.load(weight_tile + depth)
+            left = tl.load(weights + depth)
             values = tl.load(x_tile + depth, mask=exists, other=0.0).to(tl.float32)
             if norm_weight is not None:
                 at = depth + depths
@@ -149,61 +154,6 @@ def gemm_small(
         rows, column_tile * COLUMNS, count,
         N, OUT_COLUMNS, OUT_STRIDE, ACTIVATION, SOFTCAP, ROWS, COLUMNS, AT_ONCE, SPLITS,
     )  # fmt: skip
-
-
-@triton.jit
-def _grouped(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
-    """Program -> (row tile, column tile): GROUP row tiles pass the columns together, so that L2 serves them all."""
-    first = program // (GROUP * COLUMN_TILES) * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    place = program % (GROUP * COLUMN_TILES)
-    return first + place % height, place // height
-
-
-@triton.jit
-def _weight_tile(
-    weight,
-    column_tile,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    COLUMN_TILES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Pointers [COLUMNS, DEPTH] to the tile's weights; what lies behind the last row is a copy of it."""
-    columns = tl.arange(0, COLUMNS)
-    if COLUMN_TILES * COLUMNS > N:
-        columns = tl.minimum(columns, N - 1 - column_tile * COLUMNS)
-    # A tile that lies behind altogether has negative columns, back to the last row.
-    return weight + (column_tile * COLUMNS).to(tl.int64) * K + columns[:, None] * K + tl.arange(0, DEPTH)[None, :]
-
-
-@triton.jit
-def _share_of_depth(K: tl.constexpr, SHARE: tl.constexpr):
-    """The columns of the weights that are this program's: no constants, with which LLVM would unroll the loop."""
-    begin = tl.program_id(1) * SHARE
-    end = begin + SHARE
-    if K % SHARE != 0:
-        end = tl.minimum(end, K)
-    return begin, end
-
-
-@triton.jit
-def _prefetch(
-    weight,
-    column_tile,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    COLUMN_TILES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
-    """Brings the first PREFETCH bytes of the tile's rows into the L2 cache, line by line."""
-    LINE: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
-    lines = _weight_tile(weight, column_tile, N, K, COLUMN_TILES, COLUMNS, 1) + tl.arange(0, PREFETCH // 128) * LINE
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit

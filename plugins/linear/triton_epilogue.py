@@ -31,8 +31,12 @@ def finish(
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPARSE: tl.constexpr = False,
 ):
-    """What every program does with its sums [ROWS, COLUMNS]; `first` is the weight row of their first column."""
+    """What every program does with its sums [ROWS, COLUMNS]; `first` is the weight row of their first column.
+
+    SPARSE  most of the ROWS may not exist: partial results of those are left out
+    """
     if SPLITS == 1:
         _store(
             sums, row_scale, weight_scale, bias, residual, out, rows, first, count,
@@ -41,14 +45,15 @@ def finish(
     else:
         SIZE: tl.constexpr = ROWS * COLUMNS
         places = partials + tile.to(tl.int64) * (SPLITS * SIZE) + tl.arange(0, ROWS)[:, None] * COLUMNS
-        tl.store(places + tl.program_id(1) * SIZE + tl.arange(0, COLUMNS)[None, :], sums)
+        exists = (rows < count)[:, None] if SPARSE else None
+        tl.store(places + tl.program_id(1) * SIZE + tl.arange(0, COLUMNS)[None, :], sums, mask=exists)
         tl.debug_barrier()
         if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
             for column in tl.static_range(0, COLUMNS, AT_ONCE):
                 part = places + column + tl.arange(0, AT_ONCE)[None, :]
-                total = tl.load(part, cache_modifier=".cg")
+                total = tl.load(part, mask=exists, cache_modifier=".cg")
                 for split in tl.static_range(1, SPLITS):
-                    total += tl.load(part + split * SIZE, cache_modifier=".cg")
+                    total += tl.load(part + split * SIZE, mask=exists, cache_modifier=".cg")
                 _store(
                     total, row_scale, weight_scale, bias, residual, out, rows, first + column, count,
                     N, OUT_COLUMNS, OUT_STRIDE, ACTIVATION, SOFTCAP, ROWS, AT_ONCE, AT_ONCE,

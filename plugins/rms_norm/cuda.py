@@ -30,8 +30,10 @@ class RmsNorm:
 def launches(norm: RmsNorm, *, architecture: int) -> tuple[Launch, ...]:
     """architecture: 80, 90 … Raises CompileError where a row is too long."""
     if norm.hidden > _LARGEST_HIDDEN:
+        # What has no weight is an activation that is quantized: of more GPUs each has a part of it.
+        remedy = "Build it for a CPU" if norm.weight else "Build it with --precision bf16, or for more GPUs"
         raise CompileError(
-            f"rms_norm has no GPU kernel for a hidden size of {norm.hidden}: the largest is {_LARGEST_HIDDEN}."
+            f"rms_norm has no GPU kernel for rows of {norm.hidden} elements, only to {_LARGEST_HIDDEN}. {remedy}."
         )
     stride = round_up(norm.hidden, GPU_PADDING)
     block = 1 << (stride - 1).bit_length()

@@ -3,6 +3,8 @@
     python -m tests.compiler.cuda.gates            compares with the table, and says what differs
     python -m tests.compiler.cuda.gates --update   writes the table
 
+Words behind it choose the builds in whose names they occur: the table's others stay as they are.
+
 Compiles some hundreds of kernels where they are not in the user's cache: half an hour on two cores.
 """
 
@@ -12,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +49,72 @@ _CONFIG = {
 BUILDS = [("bf16", "bf16"), ("bf16", "int8"), ("fp8", "fp8"), ("int8", "bf16")]
 
 
-def builds() -> Iterator[tuple[Target, str, str]]:
-    """Target, precision and KV cache type of each build that is not refused."""
+@dataclass(frozen=True)
+class Build:
+    """One way to build an engine."""
+
+    target: Target
+    precision: str
+    kv_cache_dtype: str
+    batch_invariant: bool = False
+    num_ranks: int = 1
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        words = [self.target.name, self.precision, self.kv_cache_dtype]
+        words += ["batch-invariant"] * self.batch_invariant + [f"{self.num_ranks} ranks"] * (self.num_ranks > 1)
+        return " ".join(words)
+
+
+def builds() -> Iterator[Build]:
+    """Those that are not refused."""
     for target in TARGETS.values():
         for precision, kv_cache_dtype in BUILDS:
             lacks = (precision == "fp8" and target.arch < 89) or (precision == "int8" and target.arch == 100)
             if target.is_cuda and not lacks:
-                yield target, precision, kv_cache_dtype
+                yield Build(target, precision, kv_cache_dtype)
+                yield Build(target, precision, kv_cache_dtype, batch_invariant=True)
+        for num_ranks in (2, 8) if target.is_cuda else ():
+            yield Build(target, "bf16", "bf16", num_ranks=num_ranks)
 
 
-def images(target: Target, precision: str, kv_cache_dtype: str) -> list[KernelImage]:
+def images(build: Build) -> list[KernelImage]:
     """The kernels of such a build, compiled."""
     with tempfile.TemporaryDirectory() as directory:
         write_empty_checkpoint(Path(directory))
-        request = BuildRequest(directory, None, target=target.name, precision=precision, kv_cache_dtype=kv_cache_dtype)
+        request = BuildRequest(
+            directory,
+            None,
+            target=build.target.name,
+            precision=build.precision,
+            kv_cache_dtype=build.kv_cache_dtype,
+            batch_invariant=build.batch_invariant,
+            tensor_parallel_size=build.num_ranks,
+        )
         with prepare(request) as prepared:
-            compiled = compile_kernels(prepared.ranks[0].kernels, target, 2)
+            kernels = prepared.ranks[0].kernels
+            if build.num_ranks > 1:  # of other sizes, but for those in which ranks meet
+                kernels = tuple(kernel for kernel in kernels if kernel.role == "collective")
+            compiled = compile_kernels(kernels, build.target, 2)
     return sorted((kernel.image for kernel in compiled.values()), key=lambda image: image.name)
 
 
-def faults(image: KernelImage, target: Target, precision: str) -> list[str]:
+def faults(image: KernelImage, build: Build) -> list[str]:
     """What the kernel's machine code should not be."""
-    found = []
-    if image.role in ("gemm", "attention") and image.spill_bytes:
+    found, target, precision = [], build.target, build.precision
+    if image.role in ("gemm", "attention", "collective") and image.spill_bytes:
         found.append(f"spills {image.spill_bytes} bytes")
     if image.shared_bytes > target.shared_bytes:
         found.append(f"takes {image.shared_bytes} bytes of shared memory, {target.name} has {target.shared_bytes}")
     wanted = None
     if image.role == "gemm":
         wanted = _OF_ARCH.get(target.arch, _PRODUCTS)[precision]
-    elif image.name.startswith("attention_prefill"):
+    elif image.name.startswith(("attention_prefill", "attention_attend_any")):
         wanted = _OF_ARCH.get(target.arch, _PRODUCTS)["bf16"]
     if wanted is not None and image.instruction != wanted:
         found.append(f"multiplies by {image.instruction or 'no tensor core'}, wanted {wanted}")
-    return [f"{image.name} for {target.name}, {precision}: {fault}" for fault in found]
+    return [f"{image.name} for {build.name}: {fault}" for fault in found]
 
 
 def row(image: KernelImage) -> dict[str, Any]:
@@ -132,15 +167,19 @@ def write_empty_checkpoint(directory: Path) -> None:
 
 def main() -> None:
     """See the module."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
     table: dict[str, Any] = {}
     wrong = []
-    for target, precision, kv_cache_dtype in builds():
-        made = images(target, precision, kv_cache_dtype)
-        table[f"{target.name} {precision} {kv_cache_dtype}"] = {image.name: row(image) for image in made}
-        wrong += [fault for image in made for fault in faults(image, target, precision)]
-        print(f"{target.name} {precision}, KV cache {kv_cache_dtype}: {len(made)} kernels", flush=True)
+    for build in builds():
+        if not all(word in build.name for word in words):
+            continue
+        made = images(build)
+        table[build.name] = {image.name: row(image) for image in made}
+        wrong += [fault for image in made for fault in faults(image, build)]
+        print(f"{build.name}: {len(made)} kernels", flush=True)
     print("\n".join(wrong) or "every gate holds")
     if "--update" in sys.argv:
+        table = (json.loads(TABLE.read_text()) if words else {}) | table
         TABLE.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
 
 

@@ -6,9 +6,8 @@ import importlib.util
 import json
 
 import pytest
-from enginery.engines.targets import Target
 
-from .gates import TABLE, builds, faults, images, row
+from .gates import TABLE, Build, builds, faults, images, row
 
 pytestmark = [
     pytest.mark.heavy,
@@ -17,11 +16,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("target", "precision", "kv_cache_dtype"), list(builds()), ids=lambda item: str(getattr(item, "name", item))
-)
-def test_machine_code_is_as_it_must_be(target: Target, precision: str, kv_cache_dtype: str) -> None:
-    made = images(target, precision, kv_cache_dtype)
-    assert [fault for image in made for fault in faults(image, target, precision)] == []
-    table = json.loads(TABLE.read_text())[f"{target.name} {precision} {kv_cache_dtype}"]
+@pytest.mark.parametrize("build", list(builds()), ids=lambda build: build.name)
+def test_machine_code_is_as_it_must_be(build: Build) -> None:
+    made = images(build)
+    assert [fault for image in made for fault in faults(image, build)] == []
+    table = json.loads(TABLE.read_text())[build.name]
     assert {image.name: row(image) for image in made} == table, "python -m tests.compiler.cuda.gates --update"
