@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..engines.errors import CheckpointError, CompileError
+from ..engines.errors import CompileError
 from ..engines.manifest import MANIFEST, FileEntry, Manifest, Model, encode_manifest, hash_file
 from ..engines.plan import Plan
 from ..engines.plan_format import encode_plan
@@ -26,6 +25,7 @@ from ..plugins.launches import Kernel
 from .checkpoint.source import Source, find_checkpoint
 from .checkpoint.tensors import Checkpoint, open_checkpoint
 from .cuda.kernels import CompiledKernel
+from .documents import DOCUMENTS, check_documents
 from .graph.builder import GraphBuilder
 from .lower.cpu import lower
 from .lower.tensors import TensorJobs
@@ -36,14 +36,6 @@ from .passes import run_passes
 from .passes.options import Options
 from .passes.shard import check_divisible
 from .write import weights_layout, write_weights
-
-_COPIED = {
-    "config.json": ("config", True),
-    "tokenizer.json": ("tokenizer", True),
-    "tokenizer_config.json": ("tokenizer", False),
-    "chat_template.jinja": ("template", False),
-    "generation_config.json": ("generation", False),
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,7 @@ class BuildRequest:
     save_graph: Path | None = None
     force: bool = False
     num_threads: int = 2
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +87,11 @@ class Prepared:
         """Bytes of all tensors: what `build` tells its progress of, in the end."""
         return sum(job.tensor.num_bytes for rank in self.ranks for job in rank.jobs.jobs.values())
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether results do not depend on what else is in a step: on a CPU always, on a GPU if that was asked for."""
+        return self.request.batch_invariant or not self.target.is_cuda
+
     def memory(self, num_threads: int) -> MemoryPlan:
         """What the engine will need."""
         plans = [rank.plan for rank in self.ranks]
@@ -107,24 +105,25 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     Raises CheckpointError, CompileError or TargetError with all that is wrong.
     """
     target = find_target(request.target)
-    if target.is_cuda and request.tensor_parallel_size > 1:
-        raise CompileError(
-            f"--tensor-parallel-size {request.tensor_parallel_size}: not implemented for {target.name} yet, only for "
-            f"CPU targets. Leave it out."
-        )
     precision = find_precision(request.precision, target)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
     source = find_checkpoint(request.model)
     config = read_config(source.directory)
     max_model_len = _max_model_len(request, config)
     check_divisible(config, request.tensor_parallel_size)
-    _require_tokenizer(source)
-    _check_documents(source)
+    check_documents(source)
     with open_checkpoint(source.directory) as checkpoint:
         num_parameters = sum(_num_elements(tensor.shape) for tensor in checkpoint.tensors.values())
         ranks = []
         for rank in range(request.tensor_parallel_size):
-            options = Options(target, precision, KV_CACHE_DTYPES[kv_cache_dtype], rank, request.tensor_parallel_size)
+            options = Options(
+                target,
+                precision,
+                KV_CACHE_DTYPES[kv_cache_dtype],
+                rank,
+                request.tensor_parallel_size,
+                request.batch_invariant,
+            )
             ranks.append(_lower_rank(checkpoint, config, options, request.save_graph))
         yield Prepared(request, source, config, target, kv_cache_dtype, max_model_len, num_parameters, ranks)
 
@@ -183,7 +182,7 @@ def _write_files(
     prepared: Prepared, directory: Path, progress: Callable[[int], None], told: Callable[[int, int], None]
 ) -> None:
     files: dict[str, FileEntry] = {}
-    for name, (role, _) in _COPIED.items():
+    for name, role in DOCUMENTS.items():
         if (origin := prepared.source.directory / name).is_file():
             shutil.copyfile(origin, directory / name)
             files[name] = hash_file(directory / name, role, Path(name).suffix[1:])
@@ -230,6 +229,7 @@ def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:
         kv_cache_dtype=prepared.kv_cache_dtype,
         default_max_model_len=prepared.max_model_len,
         tensor_parallel_size=request.tensor_parallel_size,
+        batch_invariant=prepared.batch_invariant,
         memory={
             "weights": memory.weights,
             "activations": memory.activations,
@@ -245,32 +245,6 @@ def _max_model_len(request: BuildRequest, config: Config) -> int:
             f"--max-model-len {request.max_model_len}: {request.model} is made for {config.max_model_len} tokens."
         )
     return request.max_model_len or config.max_model_len
-
-
-def _require_tokenizer(source: Source) -> None:
-    if (source.directory / "tokenizer.json").is_file():
-        return
-    convert = (
-        f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{source.directory}')"
-        f".save_pretrained('{source.directory}')\""
-    )
-    raise CheckpointError(
-        f"{source.name}: no tokenizer.json. If it has another kind of tokenizer, convert it: {convert}"
-    )
-
-
-def _check_documents(source: Source) -> None:
-    """What is copied as it is must be JSON, or the server would find that out, too late. (tokenizer.json is large.)"""
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        path = source.directory / name
-        if not path.is_file():
-            continue
-        try:
-            document = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON: {str(error)[:200]}. Download it again.") from None
-        if not isinstance(document, dict):
-            raise CheckpointError(f"{path}: wanted a JSON object. Download it again.")
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:

@@ -41,6 +41,11 @@ _REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1, 64), default=1, show_default=True, help="Ranks to shard for."
 )
+@click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="Bit-identical results whatever else a step holds, at some speed. CPU engines always are.",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Print what the engine will need, and build nothing.")
 @click.option("--memory", help="With --plan: the memory to plan for, such as 16GiB. [default: this machine's]")
 @click.option(
@@ -58,6 +63,7 @@ def build_engine(
     kv_cache_dtype: str,
     max_model_len: int | None,
     tensor_parallel_size: int,
+    batch_invariant: bool,
     plan_only: bool,
     memory: str | None,
     save_graph: Path | None,
@@ -89,6 +95,7 @@ def build_engine(
         save_graph=save_graph,
         force=force,
         num_threads=threads,
+        batch_invariant=batch_invariant,
     )
     # From here on there is something to put away.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,6 +11,9 @@ CUDA_MAX_NUM_BATCHED_TOKENS = 8192
 CUDA_MAX_NUM_SEQS = 256
 GPU_MEMORY_UTILIZATION = 0.9
 
+# Logits that the requests of one step have changed: penalties count every token of a prompt.
+MOST_EDITS = 1 << 16
+
 # What every thread, and what a rank's threads together, have as scratch: kThreadScratchBytes and kSharedScratchBytes
 # of plugins/kernel.h. A test compares them.
 THREAD_SCRATCH_BYTES = 1 << 20
@@ -34,4 +37,6 @@ def step_limits(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int 
         "decodes": max_num_seqs,
         "tiles": tokens,
         "max_blocks": max_blocks,
+        **dict.fromkeys(("drawn", "edited", "ranked", "listed"), max_num_seqs),
+        "edits": MOST_EDITS,
     }

@@ -12,8 +12,13 @@ from .errors import EngineFormatError
 from .fields import LARGEST, describe
 
 # decodes: sequences with one token in the step; tiles: pieces of the others' tokens that attention takes at once;
-# max_blocks: blocks of the longest sequence that is served, the same in every step.
-VARIABLES = ("tokens", "rows", "sequences", "decodes", "tiles", "max_blocks")
+# max_blocks: blocks of the longest sequence that is served, the same in every step. Of the rows that `sample` draws:
+# drawn: all rows if one is drawn at random, else 0, as are edited (some logits are changed first), ranked (the token's
+# rank is wanted) and listed (so are the likeliest tokens); edits: changes that the step brings.
+VARIABLES = (
+    *("tokens", "rows", "sequences", "decodes", "tiles", "max_blocks"),
+    *("drawn", "edited", "ranked", "listed", "edits"),
+)
 OPERATORS = ("+", "*", "ceil_div", "round_up", "min", "max")
 DEEPEST = 16
 

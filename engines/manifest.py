@@ -52,7 +52,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An engine at a glance. default_max_model_len: what `build-engine --max-model-len` chose."""
+    """An engine at a glance.
+
+    default_max_model_len  what `build-engine --max-model-len` chose
+    batch_invariant        a token's result does not depend, bit for bit, on what else is in its step
+    """
 
     model: Model
     target: str
@@ -62,6 +66,7 @@ class Manifest:
     tensor_parallel_size: int
     memory: dict[str, int]
     files: dict[str, FileEntry]
+    batch_invariant: bool
 
     def of_role(self, role: str, rank: int = -1) -> str | None:
         """Name of the file with this role (and rank), or None."""
@@ -82,6 +87,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "precision": manifest.precision,
         "kv_cache_dtype": manifest.kv_cache_dtype,
         "max_model_len": manifest.default_max_model_len,
+        "batch_invariant": manifest.batch_invariant,
         "mesh": {
             "tensor_parallel_size": manifest.tensor_parallel_size,
             "ranks": [{"rank": rank, "tp": rank} for rank in range(manifest.tensor_parallel_size)],
@@ -133,6 +139,7 @@ def _decode(top: Fields) -> Manifest:
         "precision",
         "kv_cache_dtype",
         "max_model_len",
+        "batch_invariant",
         "mesh",
         "memory",
         "files",
@@ -163,6 +170,7 @@ def _decode(top: Fields) -> Manifest:
         tensor_parallel_size=size,
         memory={key: memory.integer(key) for key in memory.values},
         files={name: _decode_file(files, name) for name in files.values},
+        batch_invariant=top.boolean("batch_invariant"),
     )
     present = {(file.role, file.rank) for file in manifest.files.values()}
     wanted = [(role, rank) for rank in range(size) for role in ("plan", "weights")]

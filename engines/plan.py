@@ -31,7 +31,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Operand:
-    """A range of bytes that an instruction touches. kind: buffer, weight, input or state; access: r, w or rw."""
+    """A range of bytes that an instruction touches. kind: buffer, weight, input, state or peers; access: r, w or rw.
+
+    peers: of a launch, the buffer `name` of every rank. What is given is a table i64 [world_size] in order of ranks, of
+    the addresses of that buffer's byte `offset`, and `extent` bytes are touched on each.
+    """
 
     kind: str
     name: str
@@ -124,7 +128,8 @@ class KernelImage:
 class Buffer:
     """Memory of a step. Buffers of one slot share bytes: the compiler knows that they never live together.
 
-    zeroed: it is zero when the engine has been loaded, and every launch leaves it so
+    zeroed  it is zero when the engine has been loaded, and every launch leaves it so
+    kept    it lives from step to step
     """
 
     name: str
@@ -133,6 +138,7 @@ class Buffer:
     slot: int
     per_thread: bool = False
     zeroed: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,31 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Where `sample` leaves what it draws for each row, by the names of buffers.
+
+    token         i32 [rows], which the next step may read; -1 where logits are not finite, -2 where all are masked
+    logprob       f32 [rows], of the unmodified distribution
+    rank          i32 [rows], from 1: there
+    top_tokens    i32 [rows, top], the likeliest in order; top_logprobs f32 [rows, top]
+    edit_slots    sequences whose logits can be changed first at the same time
+    """
+
+    token: str
+    logprob: str
+    rank: str
+    top_tokens: str
+    top_logprobs: str
+    top: int
+    edit_slots: int
+
+    def bytes_of_row(self) -> dict[str, int]:
+        """Of each buffer."""
+        one = {self.token: 4, self.logprob: 4, self.rank: 4}
+        return one | {self.top_tokens: 4 * self.top, self.top_logprobs: 4 * self.top}
+
+
+@dataclass(frozen=True)
 class PrefixKey:
     """What prefix sharing must know of a prompt's length: nothing (threshold 0), if it is above, or its very value."""
 
@@ -169,7 +200,11 @@ class PrefixKey:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank executes. tile_tokens: the most tokens of an attention tile, 0 where the plan wants no tiles."""
+    """What one rank executes.
+
+    tile_tokens    the most tokens of an attention tile, 0 where the plan wants no tiles
+    sample, draws  how tokens are drawn from the logits, and where they are then; nothing, where the host draws
+    """
 
     rank: int
     world_size: int
@@ -181,6 +216,13 @@ class Plan:
     prefix_key: PrefixKey = field(default_factory=PrefixKey)
     kernels: tuple[KernelImage, ...] = ()
     tile_tokens: int = 0
+    sample: tuple[Launch, ...] = ()
+    draws: Draws | None = None
+
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """Of all entry points, in the order in which a step runs them."""
+        return (*self.forward, *self.sample)
 
 
 @dataclass(frozen=True)
@@ -225,7 +267,7 @@ def check_bounds(plan: Plan, limits: Mapping[str, int], weight_bytes: Mapping[st
     """
     sizes = plan_arena(plan, limits).sizes
     groups = {group.name: group for group in plan.state_groups}
-    for index, instruction in enumerate(plan.forward):
+    for index, instruction in enumerate(plan.instructions):
         largest = guarded_limits(instruction, limits)
         for name, operand in instruction.operands.items():
             place = f"{where}: instruction {index} ({instruction.label}), operand {name}"
@@ -240,7 +282,7 @@ def check_bounds(plan: Plan, limits: Mapping[str, int], weight_bytes: Mapping[st
                         f"{place}: layer {operand.layer} of state group {operand.name!r} does not exist."
                     )
                 continue
-            size = (sizes if operand.kind == "buffer" else weight_bytes).get(operand.name)
+            size = (weight_bytes if operand.kind == "weight" else sizes).get(operand.name)
             if size is None:
                 raise EngineFormatError(f"{place}: {operand.kind} {operand.name!r} does not exist.")
             end = operand.offset + evaluate(operand.extent, largest)
@@ -252,3 +294,6 @@ def check_bounds(plan: Plan, limits: Mapping[str, int], weight_bytes: Mapping[st
     rows_bytes = limits["rows"] * plan.logits.stride * 4
     if sizes.get(plan.logits.buffer, -1) < rows_bytes or plan.logits.columns > plan.logits.stride:
         raise EngineFormatError(f"{where}: logits do not fit the buffer {plan.logits.buffer!r}.")
+    for name, row_bytes in plan.draws.bytes_of_row().items() if plan.draws is not None else ():
+        if sizes.get(name, -1) < limits["rows"] * row_bytes:
+            raise EngineFormatError(f"{where}: what is drawn does not fit the buffer {name!r}.")

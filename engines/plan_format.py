@@ -15,6 +15,7 @@ from .plan import (
     Attribute,
     Buffer,
     Call,
+    Draws,
     Instruction,
     KernelImage,
     Launch,
@@ -42,14 +43,30 @@ STEP_INPUTS = (
     "block_table",
     "decode_tokens",
     "tiles",
+    # What each row is drawn by, and what changes of logits the step brings.
+    *("temperature", "top_k", "top_p", "min_p", "seed", "num_generated"),
+    *("edit_slots", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("edited_slots", "edited_tokens", "edited_counts", "edited_biases"),
 )
 BUFFER_DTYPES = ("f32", "bf16", "fp8", "i8", "u8", "i32")
 STATE_DTYPES = ("f32", "bf16", "fp8", "i8")
 _PARAMETERS = ("pointer", "i32", "fp32")
+_OPERANDS = ("buffer", "weight", "input", "state")
 
 
 def encode_plan(plan: Plan) -> bytes:
     """The plan as msgpack; the same plan gives the same bytes."""
+    entry_points: dict[str, Any] = {
+        "forward": {
+            "outputs": {"logits": asdict(plan.logits)},
+            "instructions": [_encode(instruction) for instruction in plan.forward],
+        }
+    }
+    if plan.draws is not None:
+        entry_points["sample"] = {
+            "outputs": {"draws": asdict(plan.draws)},
+            "instructions": [_encode(launch) for launch in plan.sample],
+        }
     document = {
         "version": PLAN_VERSION,
         "rank": plan.rank,
@@ -60,12 +77,7 @@ def encode_plan(plan: Plan) -> bytes:
         "buffers": [asdict(buffer) for buffer in plan.buffers],
         "kernels": [asdict(kernel) for kernel in plan.kernels],
         "tile_tokens": plan.tile_tokens,
-        "entry_points": {
-            "forward": {
-                "outputs": {"logits": asdict(plan.logits)},
-                "instructions": [_encode(instruction) for instruction in plan.forward],
-            }
-        },
+        "entry_points": entry_points,
     }
     return bytes(msgpack.packb(document))
 
@@ -127,7 +139,9 @@ def decode_plan(data: bytes, where: str) -> Plan:
         "tile_tokens",
         "entry_points",
     )
-    forward = top.map("entry_points").only("forward").map("forward").only("outputs", "instructions")
+    entry_points = top.map("entry_points").only("forward", "sample")
+    forward = entry_points.map("forward").only("outputs", "instructions")
+    sample, draws = _read_sample(entry_points) if "sample" in entry_points.values else ((), None)
     world_size = top.integer("world_size", 1, 1024)
     prefix_key = top.map("prefix_key").only("threshold", "exact")
     plan = Plan(
@@ -141,6 +155,8 @@ def decode_plan(data: bytes, where: str) -> Plan:
         logits=_read_logits(forward.map("outputs").only("logits").map("logits")),
         kernels=tuple(top.items("kernels", _read_kernel, most=MOST_KERNELS)),
         tile_tokens=top.integer("tile_tokens", 0, 1 << 16),
+        sample=sample,
+        draws=draws,
     )
     _require_unique([buffer.name for buffer in plan.buffers], f"{where}.buffers")
     _require_unique([group.name for group in plan.state_groups], f"{where}.state_groups")
@@ -152,7 +168,7 @@ def decode_plan(data: bytes, where: str) -> Plan:
 def _check_launches(plan: Plan, where: str) -> None:
     """Every launch names a kernel that is there and gives it what it takes."""
     kernels = {kernel.name: kernel for kernel in plan.kernels}
-    for index, launch in enumerate(plan.forward):
+    for index, launch in enumerate(plan.instructions):
         if not isinstance(launch, Launch):
             continue
         place = f"{where}: instruction {index}"
@@ -205,12 +221,34 @@ def _read_buffer(value: object, where: str) -> Buffer:
         slot=buffer.integer("slot", 0, 1 << 16),
         per_thread=buffer.boolean("per_thread"),
         zeroed=buffer.boolean("zeroed"),
+        kept=buffer.boolean("kept"),
     )
 
 
 def _read_logits(logits: Fields) -> Logits:
     logits.only("buffer", "columns", "stride")
     return Logits(logits.text("buffer"), logits.integer("columns", 1, 1 << 31), logits.integer("stride", 1, 1 << 31))
+
+
+def _read_sample(entry_points: Fields) -> tuple[tuple[Launch, ...], Draws]:
+    sample = entry_points.map("sample").only("outputs", "instructions")
+    draws = sample.map("outputs").only("draws").map("draws").only(*(item.name for item in fields(Draws)))
+    read = Draws(
+        token=draws.text("token"),
+        logprob=draws.text("logprob"),
+        rank=draws.text("rank"),
+        top_tokens=draws.text("top_tokens"),
+        top_logprobs=draws.text("top_logprobs"),
+        top=draws.integer("top", 1, 1 << 10),
+        edit_slots=draws.integer("edit_slots", 1, 1 << 16),
+    )
+    return tuple(sample.items("instructions", _read_drawing, most=MOST_CALLS)), read
+
+
+def _read_drawing(value: object, where: str) -> Launch:
+    launch = Fields.of(value, where)
+    launch.text("kind", ("launch",))
+    return _read_launch(launch)
 
 
 def _read_instruction(value: object, where: str) -> Instruction:
@@ -261,7 +299,7 @@ def _read_launch(launch: Fields) -> Launch:
 
 def _read_argument(argument: Fields) -> Operand | Value:
     if argument.get("kind") != "value":
-        return _read_operand(argument)
+        return _read_operand(argument, (*_OPERANDS, "peers"))
     argument.only("kind", "dtype", "value")
     dtype, value = argument.text("dtype", ("i32", "fp32")), argument.get("value")
     if dtype == "i32":
@@ -278,7 +316,7 @@ def _read_call(call: Fields) -> Call:
         op=call.text("op"),
         version=call.integer("version"),
         region=call.integer("region", 0, 1 << 24),
-        operands={name: _read_operand(operands.map(name)) for name in operands.values},
+        operands={name: _read_operand(operands.map(name), _OPERANDS) for name in operands.values},
         attributes={
             name: _read_attribute(item, f"{attributes.where}.{name}") for name, item in attributes.values.items()
         },
@@ -286,10 +324,10 @@ def _read_call(call: Fields) -> Call:
     )
 
 
-def _read_operand(operand: Fields) -> Operand:
+def _read_operand(operand: Fields, kinds: tuple[str, ...]) -> Operand:
     operand.only(*(item.name for item in fields(Operand)))
     return Operand(
-        kind=operand.text("kind", ("buffer", "weight", "input", "state")),
+        kind=operand.text("kind", kinds),
         name=operand.text("name"),
         offset=operand.integer("offset"),
         extent=check_expression(operand.get("extent"), f"{operand.where}.extent"),

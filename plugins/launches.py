@@ -11,17 +11,19 @@ from dataclasses import asdict, dataclass, field
 from ..engines.expressions import Expression
 from ..engines.plan import Range
 
-Constant = int | float | bool | str | None
+Constant = int | float | bool | str | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A function of plugins/<plugin>/triton.py and what it is compiled with.
 
-    role        what `enginery inspect` calls it: "gemm", "attention", "norm", "embedding", "rotary", "state", "copy"
+    role        what `enginery inspect` calls it: "gemm", "attention", "norm", "embedding", "rotary", "state", "copy",
+                "collective"
     parameters  the ones that a launch gives, in the order of the source: name -> Triton's type ("*bf16", "i32", "fp32")
     constants   all others
     pdl         it waits for its predecessor itself, so that it may be started before that has ended
+    registers   that a thread may have at most; 0: ptxas decides, and spills a few to run more programs at a time
     """
 
     plugin: str
@@ -32,11 +34,13 @@ class Kernel:
     num_warps: int = 4
     num_stages: int = 3
     pdl: bool = False
+    registers: int = 0
 
     @property
     def name(self) -> str:
         """Begins with the plugin's name; kernels that differ in anything have different names."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        told = {name: value for name, value in asdict(self).items() if name != "registers" or value}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         return f"{self.plugin}_{self.function}_{digest[:12]}"
 
 
@@ -54,6 +58,7 @@ class Launch:
 
     scratch   of pointer parameters that are neither operands nor step inputs
     values    of scalar parameters that are no variables of the step: numbers
+    inputs    the step inputs of parameters that are not called as they are
     """
 
     kernel: Kernel
@@ -61,3 +66,4 @@ class Launch:
     guard: tuple[Range, ...] = ()
     scratch: dict[str, Scratch] = field(default_factory=dict)
     values: dict[str, int | float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)

@@ -151,10 +151,10 @@ class PagedAttention(_Operator):
 
 
 class AllReduce(_Operator):
-    """(x) -> the sum over ranks. The evaluator runs ranks together (compiler/graph/evaluate.py)."""
+    """(x, residual?) -> the sum over ranks, + residual. The evaluator runs ranks together (graph/evaluate.py)."""
 
-    def _run(self, x: Array, rank: Any = 0) -> tuple[Array]:
-        return (all_reduce(Exchange.current.ranks.share(rank, x)),)
+    def _run(self, x: Array, residual: Array | None = None, rank: Any = 0) -> tuple[Array]:
+        return (all_reduce(Exchange.current.ranks.share(rank, x), residual),)
 
 
 class AllGather(_Operator):

@@ -40,7 +40,8 @@ class Core:
     config: the fields of LoopConfig (csrc/loop.h) under their names.
     executor: "cpu"; "cuda", on the first GPU; "cuda-null", on a device that checks every launch and computes nothing;
         "null". The null executor reads groups, sizes and vocab_size alone; its isa injects faults: "fail_on=7" fails a
-        step that computes token 7, "nan_on=9" gives token 9's row a NaN.
+        step that computes token 7, "nan_on=9" gives token 9's row a NaN; "cuda-null" draws, for "wrong_on=11", a token
+        beyond the vocabulary in place of 11, and for "unlisted_on=11" lists one in its place.
     """
 
     def __init__(self, spec: dict[str, Any], config: dict[str, Any], executor: str = "cpu") -> None: ...
@@ -93,8 +94,11 @@ class Core:
 def cpu_features() -> list[str]:
     """The ISA features of this machine that targets ask for: "avx2", "avxvnni", "avx512f", "avx512vnni", ..."""
 
-def cuda_gpu() -> dict[str, Any]:
-    """The first GPU that the NVIDIA driver shows; raises TargetError where there is no driver, or no GPU.
+def cuda_gpu_count() -> int:
+    """GPUs that the NVIDIA driver shows; raises TargetError where there is no driver, or no GPU."""
+
+def cuda_gpu(number: int = 0) -> dict[str, Any]:
+    """One of the GPUs that the NVIDIA driver shows; raises TargetError where there is no driver, or no such GPU.
 
     name; arch, 90 for 9.0; driver, the newest CUDA it knows, 12040 for 12.4; shared_bytes of a block; free_bytes,
     total_bytes

@@ -78,6 +78,14 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
+def _parse_gpus(context: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not all(number.isdecimal() and len(number) < 5 for number in value.split(",")):
+        raise click.BadParameter(f"wanted numbers of GPUs with commas between, such as 0,1, got {value!r}.")
+    return tuple(map(int, value.split(",")))
+
+
 def _require_text(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """An empty key, from a variable that is not set, would let everybody in."""
     for value in values:
@@ -150,6 +158,11 @@ def _require_host(context: click.Context, param: click.Parameter, value: str) ->
     show_default=True,
     help="Admit what is expected to fit to its end (without max_tokens: as long as others became), or what fits now.",
 )
+@click.option(
+    "--gpus",
+    callback=_parse_gpus,
+    help="GPU of each rank of a tensor parallel engine, such as 0,1; 0,0: they share one. [default: the first ones]",
+)
 @click.option("--num-threads", type=_POSITIVE, help="Threads that compute. [default: all cores]")
 @click.option("--verify", is_flag=True, help="Hash the weights before serving, not while.")
 @click.option("--tensor-parallel-size", type=_POSITIVE, help="Is baked into the engine; must equal it.")
@@ -206,15 +219,17 @@ def inspect(directory: Path, as_json: bool) -> None:
 @click.argument("directory", type=_DIRECTORY)
 def verify(directory: Path) -> None:
     """Check the engine at DIRECTORY. Exit code 0: sound; 2: not."""
-    from .verify import verify_engine
+    from .verify import TEMPLATE, verify_engine
 
-    sound = True
+    failed = []
     words = {True: "ok", False: "FAILED", None: "-"}
     for result in verify_engine(directory):
-        sound = sound and result.passed is not False
+        failed += [result.name] if result.passed is False else []
         click.echo(f"{words[result.passed]:<6}  {result.name:<9}  {result.detail}", err=result.passed is False)
-    if not sound:
-        click.echo(f"{directory}: not sound. Copy it again whole, or build it again.", err=True)
+    if failed:
+        # What the checkpoint brought is not mended by another copy.
+        remedy = "Mend the checkpoint" if failed == [TEMPLATE] else "Copy it again whole, or build it again"
+        click.echo(f"{directory}: not sound. {remedy}.", err=True)
         sys.exit(_FLAWED)
     click.echo(f"{directory}: sound.")
 

@@ -29,6 +29,7 @@ class EngineConfig:
     max_num_batched_tokens   tokens of one step
     kv_cache_memory_bytes    state of all ranks together; a number, or text such as "4GiB"
     gpu_memory_utilization   on a GPU: the share of its memory that all of the engine may take
+    gpus                     of each rank the number of its GPU, as the driver counts them; ranks may share one
     num_threads              of all ranks together
     verify                   hash the weights before serving, not while serving
     tensor_parallel_size, kv_cache_dtype  are baked into the engine; what is given here must equal them
@@ -41,6 +42,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | str | None = None
     gpu_memory_utilization: float | None = None
     capacity_scheduler_policy: str = "guaranteed_no_evict"
+    gpus: tuple[int, ...] | None = None
     num_threads: int | None = None
     verify: bool = False
     tensor_parallel_size: int | None = None
@@ -69,6 +71,10 @@ class EngineConfig:
                 f"gpu_memory_utilization must be a number above 0 and at most 1, or None, got "
                 f"{self.gpu_memory_utilization!r}"
             )
+        if isinstance(self.gpus, (list, tuple)):
+            object.__setattr__(self, "gpus", tuple(self.gpus))
+        if not _are_gpus(self.gpus):
+            reasons.append(f"gpus must be numbers of GPUs, counted from 0, got {self.gpus!r}")
         if self.kv_cache_dtype is not None and not isinstance(self.kv_cache_dtype, str):
             reasons.append(f"kv_cache_dtype must be text, got {self.kv_cache_dtype!r}")
         if reasons:
@@ -114,6 +120,13 @@ def _is_count(value: object) -> bool:
 
 def _is_share(value: object) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1)
+
+
+def _are_gpus(value: object) -> bool:
+    if not isinstance(value, tuple):
+        return value is None
+    are_numbers = all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < 1 << 16 for each in value)
+    return len(value) > 0 and are_numbers
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from ..engines.defaults import step_limits
-from ..engines.errors import CapacityError, EngineFormatError, TargetError, faults
+from ..engines.errors import EngineFormatError, faults
 from ..engines.expressions import Expression, evaluate
 from ..engines.plan import (
     Buffer,
+    Instruction,
     KernelImage,
     Launch,
     Operand,
@@ -25,6 +26,7 @@ from ..engines.targets import Target
 from .capacity import StateShape
 from .config import EngineConfig
 from .files import EngineFiles
+from .gpus import Gpu, choose_gpu_blocks, runs_on
 from .loader import (
     CoreSettings,
     Places,
@@ -44,100 +46,90 @@ _ALIGNMENT = 16
 _MOST_ACTIVATION_BYTES = 4 << 30
 _MOST_ACTIVATION_BYTES_PER_TOKEN = 4 << 20
 _LEAST_PDL_ARCH = 90
-# What the driver takes beside what is asked of it: for kernels, and for the graphs of decoding steps.
-_DRIVER_BYTES = 512 << 20
-# The null device writes down every token of its state, in the host's memory.
-_NULL_SEQUENCES = 4
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Where an engine will run. arch: compute capability, 90 is 9.0. executor: "cuda", or "cuda-null"."""
-
-    name: str
-    arch: int
-    free_bytes: int
-    total_bytes: int
-    executor: str = "cuda"
-
-
-def null_gpu(target: Target) -> Gpu:
-    """The null device, which no model is too large for: it checks plans of `target`, and computes nothing."""
-    return Gpu("null device", target.arch, 1 << 50, 1 << 50, "cuda-null")
-
-
-def find_gpu(files: EngineFiles, target: Target) -> Gpu:
-    """The machine's GPU. Raises TargetError where there is none, or none that runs `target`."""
-    from ._core import cuda_gpu
-
-    manifest = files.manifest
-    remedy = f"Run it on a machine with {_known_as(target)}, or build one for this machine: build-engine "
-    remedy += f"{manifest.model.source} --precision {manifest.precision} --target "
-    try:
-        found = cuda_gpu()
-    except TargetError as error:
-        remedy = remedy.replace("--precision fp8", "--precision int8")  # no CPU has fp8
-        raise TargetError(f"{files.directory} was built for {target.name}. {error}\n{remedy}cpu -o DIR") from None
-    if not _runs_on(target.arch, found["arch"]):
-        raise TargetError(
-            f"{files.directory} was built for {target.name}; this machine's {found['name']} has compute capability "
-            f"{found['arch'] // 10}.{found['arch'] % 10}.\n{remedy}cuda-sm{found['arch']} -o DIR"
-        )
-    return Gpu(found["name"], found["arch"], found["free_bytes"], found["total_bytes"])
-
-
-def _runs_on(built: int, found: int) -> bool:
-    """Machine code for 8.x runs on every later 8.x; from 9.0 on it is made for one architecture alone."""
-    return built == found or (built // 10 == found // 10 == 8 and built <= found)
-
-
-def _known_as(target: Target) -> str:
-    return f"compute capability {target.arch // 10}.{target.arch % 10} ({', '.join(target.gpus)})"
 
 
 def prepare_cuda_core(
-    files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig, gpu: Gpu
+    files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig, gpus: list[Gpu]
 ) -> CoreSettings:
-    """Decides sizes and checks every launch against them. Raises EngineryError."""
+    """Decides sizes and checks every launch against them. gpus: of each rank. Raises EngineryError."""
     max_model_len = choose_max_model_len(files.manifest, config)
     check_baked_in(files.manifest, config)
-    if len(ranks) > 1:
-        raise TargetError(
-            f"{files.directory} was built for {len(ranks)} GPUs; on CUDA this runtime serves with one. Build it with "
-            f"--tensor-parallel-size 1."
-        )
-    (rank,) = ranks
-    plan, where = rank.plan, files.of_rank("plan", 0)
+    plan = ranks[0].plan
     max_blocks = -(-max_model_len // plan.state_groups[0].block_size)
     limits = step_limits(config.batched_tokens(target), config.sequences(target), max_blocks)
-    weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
-    check_bounds(plan, limits, weight_bytes, where)
-    check_launches(plan, target, limits, where)
-    check_work(rank, limits)
+    for index, rank in enumerate(ranks):
+        where = files.of_rank("plan", index)
+        weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
+        check_bounds(rank.plan, limits, weight_bytes, where)
+        check_launches(rank.plan, target, limits, where)
+        check_work(rank, limits)
+    check_ranks([rank.plan for rank in ranks])
     shape = StateShape(plan.state_groups, 1, config.batched_tokens(target))
-    beside = rank.weights.size + _activations(plan, limits)
+    beside = [rank.weights.size + _activations(rank.plan, limits) for rank in ranks]
+    num_blocks = choose_gpu_blocks(shape, max_model_len, target, config, gpus, beside)
+    kernels = {kernel.name: kernel for rank in ranks for kernel in rank.plan.kernels}
+    places = {name: index for index, name in enumerate(kernels)}
     spec = {
-        "ranks": [rank_spec(rank, limits) | {"launches": list(_launch_specs(rank))}],
-        **step_spec(
-            files.manifest, plan, _choose_blocks(shape, max_model_len, target, config, gpu, beside), config, limits
-        ),
+        "ranks": [
+            rank_spec(rank, limits) | _entry_points(rank, places) | {"gpu": gpu.number}
+            for rank, gpu in zip(ranks, gpus, strict=True)
+        ],
+        **step_spec(files.manifest, plan, num_blocks, config, limits),
         "cuda": {
             "arch": target.arch,
             "shared_bytes": target.shared_bytes,
             "tile_tokens": plan.tile_tokens,
             "max_blocks": max_blocks,
-            "kernels": [_kernel_spec(files, kernel) for kernel in plan.kernels],
+            "max_edits": limits["edits"],
+            "kernels": [_kernel_spec(files, kernel) for kernel in kernels.values()],
         },
     }
     loop = loop_config(plan, max_model_len, target, config)
-    return CoreSettings(spec, loop, max_model_len, gpu.executor)
+    return CoreSettings(spec, loop, max_model_len, gpus[0].executor)
+
+
+def check_ranks(plans: list[Plan]) -> None:
+    """Raises EngineFormatError where ranks would not meet, or not mean the same: one would wait for ever."""
+    first, reasons = plans[0], []
+    kernels = {kernel.name: kernel for kernel in first.kernels}
+    for plan in plans[1:]:
+        if (plan.tile_tokens, plan.draws) != (first.tile_tokens, first.draws):
+            reasons.append(f"the plans of rank {first.rank} and rank {plan.rank} differ in how steps are cut or drawn")
+        if [_meeting(launch) for launch in _meetings(plan)] != [_meeting(launch) for launch in _meetings(first)]:
+            reasons.append(f"the plans of rank {first.rank} and rank {plan.rank} differ in when they read each other")
+        if _shared_sizes(plan) != _shared_sizes(first):
+            reasons.append(
+                f"the plans of rank {first.rank} and rank {plan.rank} differ in what they read of each other"
+            )
+        for kernel in plan.kernels:
+            if kernels.setdefault(kernel.name, kernel) != kernel:
+                reasons.append(f"the plans differ in kernel {kernel.name}")
+    if reasons:
+        raise faults(EngineFormatError, "The engine contradicts itself; build it again", reasons[:20])
+
+
+def _meetings(plan: Plan) -> list[Launch]:
+    """The launches that touch other ranks' memory, in order."""
+    launches = [each for each in plan.instructions if isinstance(each, Launch)]
+    return [launch for launch in launches if any(item.kind == "peers" for item in launch.operands.values())]
+
+
+def _meeting(launch: Launch) -> object:
+    """What all ranks' launches of a meeting have in common."""
+    peers = {name: item for name, item in launch.operands.items() if item.kind == "peers"}
+    return launch.kernel, launch.guard, launch.grid, peers
+
+
+def _shared_sizes(plan: Plan) -> dict[str, Expression]:
+    names = {item.name for launch in _meetings(plan) for item in launch.operands.values() if item.kind == "peers"}
+    return {buffer.name: buffer.bytes for buffer in plan.buffers if buffer.name in names}
 
 
 def check_launches(plan: Plan, target: Target, limits: dict[str, int], where: str) -> None:
     """Raises EngineFormatError with all that no GPU of `target` could do, in the largest step of each launch."""
     reasons = [reason for kernel in plan.kernels for reason in _kernel_faults(kernel, target)]
     regions = -1
-    for index, launch in enumerate(plan.forward):
+    for index, launch in enumerate(plan.instructions):
         if not isinstance(launch, Launch):
             reasons.append(f"instruction {index} calls {launch.label}, which {target.name} has not")
             continue
@@ -157,7 +149,7 @@ def check_launches(plan: Plan, target: Target, limits: dict[str, int], where: st
 
 
 def _kernel_faults(kernel: KernelImage, target: Target) -> Iterator[str]:
-    if not _runs_on(kernel.arch, target.arch):
+    if not runs_on(kernel.arch, target.arch):
         yield f"kernel {kernel.name} is for compute capability {kernel.arch}"
     if kernel.pdl and target.arch < _LEAST_PDL_ARCH:
         yield f"kernel {kernel.name} is launched before its predecessor ends, which needs compute capability 9.0"
@@ -169,6 +161,7 @@ def _launch_faults(launch: Launch, plan: Plan, limits: dict[str, int]) -> Iterat
     largest = guarded_limits(launch, limits)
     if any(guard.high < guard.low or largest[guard.variable] < guard.low for guard in launch.guard):
         return  # no step reaches it
+    zeroed = {buffer.name for buffer in plan.buffers if buffer.zeroed}
     for axis, (size, most) in enumerate(zip(launch.grid, _MOST_GRID, strict=True)):
         if not 1 <= (count := evaluate(size, largest)) <= most:
             yield f"axis {axis} of the grid is {count}, wanted 1 to {most}"
@@ -176,6 +169,8 @@ def _launch_faults(launch: Launch, plan: Plan, limits: dict[str, int]) -> Iterat
         if isinstance(item, Operand):
             if item.kind in ("input", "weight") and item.access != "r":
                 yield f"argument {name} writes {item.kind} {item.name!r}"
+            if item.kind == "peers" and item.access != "r" and item.name not in zeroed:
+                yield f"argument {name} writes other ranks' buffer {item.name!r}, which they may be using"
             of_group = item.kind == "input" and item.name in ("slots", "block_table")
             if of_group and not 0 <= item.layer < len(plan.state_groups):
                 yield f"argument {name} is of state group {item.layer}, which is not there"
@@ -186,15 +181,18 @@ def _launch_faults(launch: Launch, plan: Plan, limits: dict[str, int]) -> Iterat
 
 
 def _buffer_faults(plan: Plan, limits: dict[str, int]) -> Iterator[str]:
-    """Counters that launches leave at zero must be nobody else's memory."""
+    """What lives from step to step must be nobody else's memory."""
     slots: dict[int, list[Buffer]] = {}
+    shared = _shared_sizes(plan)
     for buffer in plan.buffers:
         slots.setdefault(buffer.slot, []).append(buffer)
         if buffer.per_thread:
             yield f"buffer {buffer.name!r} is of threads, which a GPU has not"
     for buffers in slots.values():
-        if len(buffers) > 1 and (zeroed := next((buffer for buffer in buffers if buffer.zeroed), None)):
-            yield f"buffer {zeroed.name!r} must stay zero, but shares memory"
+        if len(buffers) > 1 and (
+            lasting := [each for each in buffers if each.zeroed or each.kept or each.name in shared]
+        ):
+            yield f"buffer {lasting[0].name!r} lives from step to step, but shares memory"
     arena = plan_arena(plan, limits).arena_bytes
     most = _MOST_ACTIVATION_BYTES + limits["tokens"] * _MOST_ACTIVATION_BYTES_PER_TOKEN
     if arena > most:
@@ -205,34 +203,8 @@ def _activations(plan: Plan, limits: dict[str, int]) -> int:
     """Bytes of buffers and step inputs."""
     groups = len(plan.state_groups)
     inputs = limits["tokens"] * (4 * 5 + 8 + 8 * groups) + (limits["sequences"] + 1) * limits["max_blocks"] * 4 * groups
+    inputs += limits["rows"] * 4 * 11 + limits["edits"] * 4 * 4
     return plan_arena(plan, limits).arena_bytes + inputs
-
-
-def _choose_blocks(
-    shape: StateShape, max_model_len: int, target: Target, config: EngineConfig, gpu: Gpu, beside: int
-) -> list[int]:
-    """Blocks of each state group; beside: bytes of all else. Raises CapacityError where not one sequence fits."""
-    needed = shape.sequence_bytes(max_model_len)
-    taken = gpu.total_bytes - gpu.free_bytes
-    room = int(gpu.total_bytes * config.gpu_share) - taken - beside - _DRIVER_BYTES
-    if gpu.executor == "cuda-null":
-        room = _NULL_SEQUENCES * needed
-    budget = room if config.kv_cache_bytes is None else config.kv_cache_bytes
-    if config.kv_cache_bytes is not None and budget + beside > gpu.free_bytes:
-        raise CapacityError(
-            f"The KV cache is to have {format_bytes(budget)}, weights and activations take {format_bytes(beside)}; "
-            f"{format_bytes(gpu.free_bytes)} of {gpu.name} are free. Give less with --kv-cache-memory-bytes."
-        )
-    if needed > budget:
-        longest = shape.longest_sequence(max(budget, 0), max_model_len)
-        shorter = f", or run it with --max-model-len {longest} or less" if longest else ""
-        raise CapacityError(
-            f"{gpu.name} has {format_bytes(gpu.total_bytes)}, of which others hold {format_bytes(taken)}; weights and "
-            f"activations take {format_bytes(beside)}. That leaves {format_bytes(max(budget, 0))} for the KV cache; "
-            f"one sequence of {max_model_len} tokens needs {format_bytes(needed)}. Give it a larger "
-            f"--gpu-memory-utilization (now {config.gpu_share}) or a smaller --max-num-batched-tokens{shorter}."
-        )
-    return shape.largest(budget, config.sequences(target), max_model_len)
 
 
 def _kernel_spec(files: EngineFiles, kernel: KernelImage) -> dict[str, Any]:
@@ -255,11 +227,10 @@ def _kernel_spec(files: EngineFiles, kernel: KernelImage) -> dict[str, Any]:
     }
 
 
-def _launch_specs(rank: Rank) -> Iterator[dict[str, Any]]:
-    """LaunchSpecs (csrc/launch.h), in order."""
+def _launch_specs(rank: Rank, instructions: Iterable[Instruction], kernels: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """LaunchSpecs (csrc/launch.h), in order. kernels: places of all ranks' kernels."""
     places = Places.of(rank)
-    kernels = {kernel.name: index for index, kernel in enumerate(rank.plan.kernels)}
-    for launch in rank.plan.forward:
+    for launch in instructions:
         if isinstance(launch, Launch):
             yield {
                 "kernel": kernels[launch.kernel],
@@ -268,6 +239,20 @@ def _launch_specs(rank: Rank) -> Iterator[dict[str, Any]]:
                 "guard": [[guard.variable, guard.low, guard.high] for guard in launch.guard],
                 "arguments": [_argument_spec(name, item, places) for name, item in launch.arguments.items()],
             }
+
+
+def _entry_points(rank: Rank, kernels: dict[str, int]) -> dict[str, Any]:
+    """Of RankSpec (csrc/executor.h), what only CUDA targets have."""
+    plan = rank.plan
+    places = {buffer.name: index for index, buffer in enumerate(plan.buffers)}
+    entry_points: dict[str, Any] = {
+        "launches": list(_launch_specs(rank, plan.forward, kernels)),
+        "sample": list(_launch_specs(rank, plan.sample, kernels)),
+    }
+    if plan.draws is not None:
+        draws = asdict(plan.draws)
+        entry_points["draws"] = {name: places.get(value, value) for name, value in draws.items()}
+    return entry_points
 
 
 def _argument_spec(name: str, item: Operand | Value, places: Places) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ._core import Core
-    from .cuda_loader import Gpu
+    from .gpus import Gpu
 
 # A text, token ids, or a dict with "prompt" or "prompt_token_ids".
 Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
@@ -296,20 +296,20 @@ class Request:
         self._pump.abort(self.ids)
 
 
-def load_engine(directory: Path, config: EngineConfig, gpu: Gpu | None = None) -> Engine:
-    """Loads the engine at `directory`. gpu: None finds the machine's, if the engine needs one. Raises EngineryError."""
+def load_engine(directory: Path, config: EngineConfig, gpus: list[Gpu] | None = None) -> Engine:
+    """Loads the engine at `directory`. gpus: of each rank; None finds the machine's. Raises EngineryError."""
     files = open_engine(directory)
     tokenizer = start_loading_tokenizer(files)
     from ._core import cpu_features
 
     target = check_target(files, cpu_features())
-    if target.is_cuda and gpu is None:
-        from .cuda_loader import find_gpu
+    if target.is_cuda and gpus is None:
+        from .gpus import find_gpus
 
-        gpu = find_gpu(files, target)
+        gpus = find_gpus(files, target, config)
     if config.verify:
         verify_weights(files)
-    settings = prepare_core(files, read_ranks(files), target, config, gpu)
+    settings = prepare_core(files, read_ranks(files), target, config, gpus)
     model = read_model(files, settings.max_model_len)
     core = make_core(settings)
     try:

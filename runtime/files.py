@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engines.documents import LARGEST_BYTES, parse_object, parse_text
 from ..engines.errors import EngineFormatError, faults
 from ..engines.files import read_bounded, require_regular
 from ..engines.manifest import Manifest, read_manifest
 from ..engines.plan_format import LARGEST_PLAN_BYTES
-from .tokenizer import LARGEST_TOKENIZER_BYTES
 
-LARGEST_BYTES = {
-    "tokenizer.json": LARGEST_TOKENIZER_BYTES,
-    "tokenizer_config.json": 16 << 20,
-    "chat_template.jinja": 1 << 20,
-    "generation_config.json": 1 << 20,
-    "config.json": 1 << 20,
-}
 _REPAIR = "Copy or build the engine again"
 
 
@@ -53,20 +45,17 @@ class EngineFiles:
         """A text file, hashed; None where the engine has none. Raises EngineFormatError."""
         data = self.read(name)
         try:
-            return None if data is None else data.decode()
-        except UnicodeDecodeError as error:
-            raise EngineFormatError(f"{self.path(name)}: not UTF-8: {error}. {_REPAIR}.") from None
+            return None if data is None else parse_text(data)
+        except ValueError as error:
+            raise EngineFormatError(f"{self.path(name)}: {error}. {_REPAIR}.") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object, hashed; empty where the engine has none. Raises EngineFormatError."""
-        text = self.read_text(name)
+        data = self.read(name)
         try:
-            document = {} if text is None else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise EngineFormatError(f"{self.path(name)}: not JSON: {str(error)[:200]}. {_REPAIR}.") from None
-        if not isinstance(document, dict):
-            raise EngineFormatError(f"{self.path(name)}: wanted a JSON object. {_REPAIR}.")
-        return document
+            return {} if data is None else parse_object(data)
+        except ValueError as error:
+            raise EngineFormatError(f"{self.path(name)}: {error}. {_REPAIR}.") from None
 
     def of_rank(self, role: str, rank: int) -> str:
         """Name of a rank's file; the manifest has one for every rank."""

@@ -37,6 +37,7 @@ def inspect_engine(directory: Path) -> dict[str, Any]:
         "kv_cache_dtype": manifest.kv_cache_dtype,
         "max_model_len": manifest.default_max_model_len,
         "tensor_parallel_size": manifest.tensor_parallel_size,
+        "batch_invariant": manifest.batch_invariant,
         "versions": dict(VERSIONS),
         "files": {
             name: {"role": entry.role, "size": entry.size, "sha256": entry.sha256}
@@ -92,7 +93,7 @@ def _kernels(ranks: list[Rank]) -> list[dict[str, Any]]:
 
 
 def _launched(ranks: list[Rank]) -> list[dict[str, Any]]:
-    counts = Counter(each.kernel for rank in ranks for each in rank.plan.forward if isinstance(each, Launch))
+    counts = Counter(each.kernel for rank in ranks for each in rank.plan.instructions if isinstance(each, Launch))
     kernels = {kernel.name: kernel for rank in ranks for kernel in rank.plan.kernels}
     return [
         {
@@ -157,6 +158,7 @@ def describe_engine(facts: dict[str, Any]) -> str:
         ("precision", f"{facts['precision']}, KV cache {facts['kv_cache_dtype']}"),
         ("context", f"{facts['max_model_len']} tokens (the model's own: {model['max_model_len']})"),
         ("tensor parallel", str(facts["tensor_parallel_size"])),
+        ("batch invariant", "yes" if facts["batch_invariant"] else "no"),
         ("versions", ", ".join(f"{section} {version}" for section, version in facts["versions"].items())),
         ("size", format_bytes(facts["total_bytes"])),
     ]

@@ -102,7 +102,7 @@ def _check_instructions(manifest: Manifest, plan: Plan) -> None:
     target = TARGETS.get(manifest.target)
     if target is None or target.is_cuda:
         return
-    for index, instruction in enumerate(plan.forward):
+    for index, instruction in enumerate(plan.instructions):
         if not isinstance(instruction, Call):
             raise EngineFormatError(
                 f"instruction {index}: launches {instruction.kernel}, which {target.name} cannot. Build it again."
@@ -143,6 +143,8 @@ def prepare_cpu_core(files: EngineFiles, ranks: list[Rank], target: Target, conf
             f"gpu_memory_utilization is for GPUs; {files.directory} was built for {target.name}. Leave "
             f"--gpu-memory-utilization out; the memory for the state of sequences is --kv-cache-memory-bytes."
         )
+    if config.gpus is not None:
+        raise EngineryError(f"gpus is for GPUs; {files.directory} was built for {target.name}. Leave --gpus out.")
     max_num_seqs, max_num_batched_tokens = config.sequences(target), config.batched_tokens(target)
     limits = step_limits(max_num_batched_tokens, max_num_seqs)
     for index, rank in enumerate(ranks):
@@ -242,7 +244,7 @@ def check_work(rank: Rank, limits: dict[str, int]) -> None:
         evaluate(operand.extent, guarded_limits(call, step))
         for call in rank.plan.forward
         for operand in call.operands.values()
-        if operand.kind in ("buffer", "weight")
+        if operand.kind in ("buffer", "weight", "peers")
     )
     most = _MOST_STEP_BYTES + _MOST_USES_OF_WEIGHTS * rank.weights.size
     if touched > most:
@@ -290,7 +292,7 @@ class Places:
 
     def index(self, operand: Operand) -> int:
         """Place of what an operand names in the list of its kind; 0 for inputs, which have none."""
-        lists = {"buffer": self.buffers, "weight": self.weights, "state": self.groups}
+        lists = {"buffer": self.buffers, "peers": self.buffers, "weight": self.weights, "state": self.groups}
         return lists[operand.kind][operand.name] if operand.kind in lists else 0
 
 
@@ -316,6 +318,7 @@ def rank_spec(rank: Rank, limits: dict[str, int]) -> dict[str, Any]:
                 "offset": arena.offsets[buffer.name],
                 "per_thread": buffer.per_thread,
                 "zeroed": buffer.zeroed,
+                "kept": buffer.kept,
             }
             for buffer in rank.plan.buffers
         ],

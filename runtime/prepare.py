@@ -10,18 +10,19 @@ from .files import EngineFiles
 from .loader import CoreSettings, Rank, prepare_cpu_core
 
 if TYPE_CHECKING:
-    from .cuda_loader import Gpu
+    from .gpus import Gpu
 
 
 def prepare_core(
-    files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig, gpu: Gpu | None = None
+    files: EngineFiles, ranks: list[Rank], target: Target, config: EngineConfig, gpus: list[Gpu] | None = None
 ) -> CoreSettings:
     """Decides sizes and checks every operand against them. Raises EngineryError.
 
-    gpu: of a CUDA target, where it will run; None prepares for the null device, which checks and computes nothing
+    gpus: of a CUDA target, where each rank will run; None: on the null device, which checks and computes nothing
     """
     if not target.is_cuda:
         return prepare_cpu_core(files, ranks, target, config)
-    from .cuda_loader import null_gpu, prepare_cuda_core
+    from .cuda_loader import prepare_cuda_core
+    from .gpus import null_gpus
 
-    return prepare_cuda_core(files, ranks, target, config, gpu or null_gpu(target))
+    return prepare_cuda_core(files, ranks, target, config, gpus or null_gpus(target, len(ranks)))

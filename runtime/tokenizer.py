@@ -14,7 +14,6 @@ from .text_growth import check_growth
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
-LARGEST_TOKENIZER_BYTES = 48 << 20
 # Texts in a tokenizer.json: the largest known, of 262,144 tokens, has 1.3 million. More would cost gigabytes to read.
 _MOST_TEXTS = 4_000_000
 _SPACE_MARK = "▁"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engines.errors import EngineryError
+from ..engines.errors import EngineryError, RequestError
 from ..engines.sizes import format_bytes
 from ..engines.targets import TARGETS, best_target, missing_features
 from .config import EngineConfig
@@ -16,6 +16,8 @@ from .loader import CoreSettings, Rank, read_ranks
 from .model import load_tokenizer, read_model
 from .prepare import prepare_core
 
+TEMPLATE = "template"
+TEMPLATE_REMEDY = "It is the checkpoint's own, and all but chats works: mend it there, and build the engine again."
 # Kernels are bound for sequences of this length: their state is then small on every machine.
 _SHORT_MODEL_LEN = 256
 
@@ -43,6 +45,7 @@ def verify_engine(directory: Path) -> Iterator[CheckResult]:
     yield _check("hashes", lambda: _hash_small_files(files))
     yield _check("tokenizer", lambda: _load_tokenizer(files))
     yield _check("model", lambda: _read_model(files))
+    yield _check(TEMPLATE, lambda: _compile_template(files))
     ranks: list[Rank] = []
     yield (result := _check("plans", lambda: _read_ranks(files, ranks)))
     if result.passed:
@@ -73,15 +76,25 @@ def _load_tokenizer(files: EngineFiles) -> str:
 def _read_model(files: EngineFiles) -> str:
     model = read_model(files, files.manifest.default_max_model_len)
     ends = ", ".join(map(str, model.stop_token_ids)) or "none"
-    if model.chat_template is None:
-        return f"end tokens {ends}; no chat template"
-    model.chat_template.compile()
-    return f"end tokens {ends}; a chat template that compiles"
+    return f"end tokens {ends}; context {model.max_model_len} tokens"
+
+
+def _compile_template(files: EngineFiles) -> str:
+    template = read_model(files, files.manifest.default_max_model_len).chat_template
+    if template is None:
+        return "none: the engine completes text alone"
+    try:
+        template.compile()
+    except RequestError as error:
+        raise EngineryError(f"{error} {TEMPLATE_REMEDY}") from None
+    finally:
+        template.close()
+    return "compiles"
 
 
 def _read_ranks(files: EngineFiles, ranks: list[Rank]) -> str:
     ranks += read_ranks(files)
-    calls = sum(len(rank.plan.forward) for rank in ranks)
+    calls = sum(len(rank.plan.instructions) for rank in ranks)
     tensors = sum(len(rank.weights.placed) for rank in ranks)
     return f"{len(ranks)} rank{'s' if len(ranks) > 1 else ''}, {calls} calls, {tensors} tensors"
 

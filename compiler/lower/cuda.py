@@ -6,13 +6,16 @@ and quantizes its own input: then norms and quantizations are launched for large
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from ...engines.layouts import GPU_PADDING, round_up
 from ...engines.plan import Attribute, Buffer, Operand, Plan, Range, Value
 from ...engines.plan import Launch as PlannedLaunch
+from ...plugins.all_gather import cuda as all_gather
+from ...plugins.all_reduce import cuda as all_reduce
 from ...plugins.attention import cuda as attention
 from ...plugins.embedding import cuda as embedding
 from ...plugins.gather_rows import cuda as gather_rows
@@ -26,12 +29,18 @@ from ..graph.rewrite import is_ours, users
 from ..models.config import Config
 from ..models.layers import group_name
 from ..passes.options import Options
+from .collectives import Collectives, is_part
 from .lowering import ELEMENT_BYTES, UNBOUNDED, Lowering, View
+from .sampling import DRAWN_TOKENS, lower_sampling
 from .scratch import Scratchpad
 from .state import layer_in_group, state_groups
 from .tensors import CUDA_LAYOUTS, TensorJobs
 
-_STEP_INPUTS = ("token_ids", "positions", "prompt_lengths", "token_sequence", "rows", "decode_tokens", "tiles")
+_STEP_INPUTS = (
+    *("token_ids", "positions", "prompt_lengths", "token_sequence", "rows", "decode_tokens", "tiles"),
+    *("temperature", "top_k", "top_p", "min_p", "seed", "num_generated"),
+    *("edit_slots", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 _GROUP_INPUTS = ("slots", "block_table")
 # As the graph calls what a product reads -> as plans call the type.
 _ACTIVATIONS = {"bf16": "bf16", "fp8": "fp8", "int8": "i8"}
@@ -48,12 +57,23 @@ class CudaLowering(Lowering):
     def __post_init__(self) -> None:
         self.groups = state_groups(self.config, self.options)
         self.arch = self.options.target.arch
+        self.collectives = Collectives.of(self.g.graph, self.options)
 
     def lower(self) -> Plan:
         """The plan of this rank, without its kernels' machine code."""
         self.walk()
-        buffers = [*self.buffers.values(), *self.scratchpad.buffers()]
-        return self.plan(self.launches, buffers, attention.TILE_TOKENS)
+        size, logits = len(self.launches), self.logits()
+
+        def append(
+            launches: tuple[Launch, ...], operands: Mapping[str, Operand | None], guard: tuple[Range, ...] = ()
+        ) -> None:
+            self._launch(launches, operands, guard=guard)
+
+        draws = lower_sampling(logits, self.config.vocab_size, self.arch, self.buffers, append)
+        buffers = [*self.buffers.values(), *self.scratchpad.buffers(), *self.collectives.buffers()]
+        plan = self.plan(self.launches, buffers, attention.TILE_TOKENS)
+        sample = tuple(self.launches[size:])
+        return replace(plan, forward=tuple(self.launches[:size]), sample=sample, draws=draws)
 
     # -- the pieces that launches are made of ---------------------------------------------------------------------
 
@@ -61,6 +81,9 @@ class CudaLowering(Lowering):
         """A buffer for `value`; the stride is its columns padded, if none is given."""
         name, rows, columns = value.name or "", rows or str(rows_of(value)), columns_of(value)
         stride = stride or round_up(columns, GPU_PADDING)
+        if is_part(value):
+            self.views[value] = View(self.collectives.exchange(value, dtype), rows, columns, stride, dtype)
+            return self.views[value]
         self.buffers[name] = Buffer(name, dtype, ["*", rows, stride * ELEMENT_BYTES[dtype]], 0)
         scale = ""
         if dtype in ("fp8", "i8"):
@@ -72,7 +95,7 @@ class CudaLowering(Lowering):
     def _launch(
         self,
         launches: tuple[Launch, ...],
-        operands: dict[str, Operand | None],
+        operands: Mapping[str, Operand | None],
         count: str = "tokens",
         guard: tuple[Range, ...] = (),
         group: int = -1,
@@ -85,8 +108,8 @@ class CudaLowering(Lowering):
                     arguments[name] = self.scratchpad.operand(name, launch)
                 elif (operand := operands.get(name)) is not None:
                     arguments[name] = operand
-                elif name in _STEP_INPUTS:
-                    arguments[name] = Operand("input", name)
+                elif (given := launch.inputs.get(name, name)) in _STEP_INPUTS:
+                    arguments[name] = Operand("input", given)
                 elif name in _GROUP_INPUTS:
                     arguments[name] = Operand("input", name, layer=group)
                 elif name in ("count", "max_blocks"):
@@ -135,7 +158,8 @@ class CudaLowering(Lowering):
             architecture=self.arch,
         )
         scale = self._beside(f"{name}.scale")
-        self._launch(launches, {"table": self._weight(name), "table_scale": scale, "out": self._at(out, "w")})
+        operands = {"table": self._weight(name), "table_scale": scale, "out": self._at(out, "w")}
+        self._launch(launches, operands | {"drawn": DRAWN_TOKENS})
 
     def _RmsNorm(self, node: ir.Node) -> None:
         """A norm with the quantization behind it and, if one product alone reads it, that product."""
@@ -206,13 +230,14 @@ class CudaLowering(Lowering):
             k=columns_of(self._inputs_of(node)),
             dtype=str(attribute(node, "precision")),
             domain=str(rows_of(value)),
-            out_dtype="f32" if value.name == "logits" else "bf16",
+            out_dtype="f32" if value.name == "logits" or is_part(value, "AllGather") else "bf16",
             activation=str(attribute(node, "activation")),
             softcap=float(attribute(node, "softcap", 0.0)),
             bias=bias is not None,
             residual=residual is not None,
             prologue=prologue,
             eps=float(attribute(norm, "eps")) if norm is not None else 0.0,
+            invariant=self.options.batch_invariant,
         )
 
     def _inputs_of(self, node: ir.Node) -> ir.Value:
@@ -286,6 +311,7 @@ class CudaLowering(Lowering):
             softcap=float(attribute(node, "softcap")),
             window=attribute(node, "window"),
             has_norm=q_norm is not None,
+            invariant=self.options.batch_invariant,
         )
         out = self._new(node.outputs[0])
         operands = {
@@ -298,6 +324,22 @@ class CudaLowering(Lowering):
         }
         launches = attention.attention_launches(operator, self.arch, out.rows, self.arch >= 90)
         self._launch(launches, operands, group=self._group(layer))
+
+    def _AllReduce(self, node: ir.Node) -> None:
+        x, residual = [*node.inputs, None][:2]
+        part, out = self._view(x), self._new(node.outputs[0])
+        operator = all_reduce.AllReduce(out.columns, self.collectives.meeting(node), residual is not None, out.rows)
+        operands = self.collectives.operands(node, part) | {
+            "residual": self._at(self._view(residual), "r") if residual is not None else None,
+            "out": self._at(out, "w"),
+        }
+        self._launch(all_reduce.launches(operator, architecture=self.arch), operands, out.rows)
+
+    def _AllGather(self, node: ir.Node) -> None:
+        part, out = self._view(node.inputs[0]), self._new(node.outputs[0], "f32")
+        operator = all_gather.AllGather(tuple(attribute(node, "starts")), self.collectives.meeting(node), out.rows)
+        operands = self.collectives.operands(node, part) | {"out": self._at(out, "w")}
+        self._launch(all_gather.launches(operator, architecture=self.arch), operands, out.rows)
 
     def _layout(self, layer: int) -> kv_write.StateLayout:
         group = self.groups[self._group(layer)]

@@ -64,11 +64,18 @@ class Lowering:
                 )
             method(node)
 
+    def logits(self) -> View:
+        """What the walk has left."""
+        return self.views[next(value for value in self.g.graph.outputs if value.name == "logits")]
+
     def plan(self, instructions: Sequence[Instruction], buffers: list[Buffer], tile_tokens: int = 0) -> Plan:
         """The plan of what the walk has made; buffers get their slots here."""
-        view = self.views[next(value for value in self.g.graph.outputs if value.name == "logits")]
-        kept = {view.buffer, *(buffer.name for buffer in buffers if buffer.zeroed)}
-        names = {op.name for each in instructions for op in each.operands.values() if op.kind == "input"}
+        view = self.logits()
+        operands = [operand for each in instructions for operand in each.operands.values()]
+        names = {operand.name for operand in operands if operand.kind == "input"}
+        # Peers may still read what is theirs to read when this rank's next step has begun.
+        kept = {view.buffer, *(operand.name for operand in operands if operand.kind == "peers")}
+        kept |= {buffer.name for buffer in buffers if buffer.zeroed or buffer.kept}
         return Plan(
             rank=self.options.rank,
             world_size=self.options.world_size,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..graph.builder import GraphBuilder
 from ..graph.verify import verify
 from .fold_constants import fold_constants
+from .fuse_all_reduce import fuse_all_reduce
 from .fuse_attention import fuse_attention
 from .fuse_gate_up import fuse_gate_up
 from .fuse_linear import fuse_linear
@@ -26,6 +27,7 @@ PASSES: list[Callable[[GraphBuilder, Options], None]] = [
     fuse_attention,
     fuse_norm,
     shard,
+    fuse_all_reduce,
     quantize,
 ]
 

@@ -10,10 +10,14 @@ from ...engines.targets import Target
 
 @dataclass(frozen=True)
 class Options:
-    """rank, world_size: of tensor parallelism; kv_dtype: as plans spell it ("f32", "bf16", "i8")."""
+    """rank, world_size: of tensor parallelism; kv_dtype: as plans spell it ("f32", "bf16", "fp8", "i8").
+
+    batch_invariant: on a GPU a token's result must not depend on what else is in its step; on a CPU it never does
+    """
 
     target: Target
     precision: Precision
     kv_dtype: str
     rank: int = 0
     world_size: int = 1
+    batch_invariant: bool = False

@@ -14,7 +14,7 @@ def launches(
 ) -> tuple[Launch, ...]:
     """table: bf16, fp8 or i8; vocab: rows of the table that are tokens; architecture: 80, 90 …"""
     stride = round_up(hidden, GPU_PADDING)
-    pointers = {"token_ids": "*i32", "table": _TABLE_TYPES[table]}
+    pointers = {"token_ids": "*i32", "drawn": "*i32", "table": _TABLE_TYPES[table]}
     constants: dict[str, Constant] = {
         "VOCAB": vocab,
         "VOCAB_START": vocab_start,

@@ -9,7 +9,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def embedding(
-    token_ids,  # i32 [tokens]
+    token_ids,  # i32 [tokens]; -1 - row: the token that the step before has drawn for that row
+    drawn,  # i32 [rows of the step before]
     table,  # [Np, STRIDE] bf16, fp8 or i8, padding zero
     table_scale,  # f32 [Np] or None
     out,  # bf16 [tokens, STRIDE]
@@ -26,7 +27,10 @@ def embedding(
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(token_ids + token).to(tl.int64) - VOCAB_START
+    token_id = tl.load(token_ids + token)
+    if token_id < 0:
+        token_id = tl.load(drawn - 1 - token_id)
+    row = token_id.to(tl.int64) - VOCAB_START
     inside = (row >= 0) & (row < VOCAB)
     values = tl.load(table + row * STRIDE + columns, mask=inside & (columns < STRIDE), other=0.0).to(tl.float32)
     if table_scale is not None:

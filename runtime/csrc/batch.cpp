@@ -4,11 +4,14 @@
 
 namespace enginery {
 
-void Batch::build(const std::vector<Chunk>& chunks, int32_t block_size) {
+void Batch::build(const std::vector<Chunk>& chunks, int32_t block_size, const EditSlots* slots) {
     for (auto* array : {&token_ids_, &positions_, &token_sequence_, &prompt_lengths_, &query_start_, &rows_}) {
         array->clear();
     }
     tasks_.clear();
+    sequences_.clear();
+    draws_.clear();
+    edits_.clear();
     for (size_t i = 0; i < chunks.size(); ++i) add_chunk(chunks[i], static_cast<int32_t>(i));
     query_start_.push_back(static_cast<int32_t>(token_ids_.size()));
     for (size_t group = 0; group < groups_.size(); ++group) add_group(chunks, group, block_size);
@@ -22,15 +25,24 @@ void Batch::build(const std::vector<Chunk>& chunks, int32_t block_size) {
     step_.prompt_lengths = prompt_lengths_.data();
     step_.query_start = query_start_.data();
     step_.rows = rows_.data();
+
+    for (const SampleTask& task : tasks_) {
+        if (slots != nullptr) draws_.push_back(slots->prepare(*task.sequence, edits_));
+    }
+    step_.draws = draws_.empty() ? nullptr : draws_.data();
+    step_.edits = edits_.data();
+    step_.num_edits = static_cast<int32_t>(edits_.size());
 }
 
 void Batch::add_chunk(const Chunk& chunk, int32_t index) {
     const Sequence& sequence = *chunk.sequence;
     const auto first_token = static_cast<int32_t>(token_ids_.size());
     query_start_.push_back(first_token);
+    sequences_.push_back(chunk.sequence);
     for (int32_t i = 0; i < chunk.num_tokens; ++i) {
         const int32_t position = sequence.num_computed_tokens + i;
-        token_ids_.push_back(sequence.token_ids[static_cast<size_t>(position)]);
+        const bool is_drawn = sequence.drawn_row >= 0 && position + 1 == sequence.num_known_tokens();
+        token_ids_.push_back(is_drawn ? -1 - sequence.drawn_row : sequence.token_ids[static_cast<size_t>(position)]);
         positions_.push_back(position);
         token_sequence_.push_back(index);
         prompt_lengths_.push_back(sequence.num_prompt_tokens);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "block_manager.h"
+#include "edit_slots.h"
 #include "scheduler.h"
 #include "step.h"
 
@@ -21,11 +22,13 @@ class Batch {
   public:
     explicit Batch(size_t num_groups) : groups_(num_groups) { step_.groups.resize(num_groups); }
 
-    // Fills the step from what was scheduled, in its order. Memory is kept from step to step.
-    void build(const std::vector<Chunk>& chunks, int32_t block_size);
+    // Fills the step from what was scheduled, in its order. slots: of an executor that is to draw the tokens, which all
+    // sequences have reserved; null where the loop draws them. Memory is kept from step to step.
+    void build(const std::vector<Chunk>& chunks, int32_t block_size, const EditSlots* slots);
 
     const Step& step() const { return step_; }
     const std::vector<SampleTask>& tasks() const { return tasks_; }
+    const std::vector<Sequence*>& sequences() const { return sequences_; }
 
   private:
     struct GroupArrays {
@@ -40,7 +43,10 @@ class Batch {
     Step step_;
     std::vector<int32_t> token_ids_, positions_, token_sequence_, prompt_lengths_, query_start_, rows_;
     std::vector<GroupArrays> groups_;
+    std::vector<Draw> draws_;
+    std::vector<Edit> edits_;
     std::vector<SampleTask> tasks_;
+    std::vector<Sequence*> sequences_;
 };
 
 }  // namespace enginery

@@ -10,7 +10,8 @@
 
 namespace enginery {
 
-enum class OperandKind : uint8_t { kBuffer, kWeight, kInput, kState };
+// Of launches alone: kPeers, a table of where a buffer lies on every rank.
+enum class OperandKind : uint8_t { kBuffer, kWeight, kInput, kState, kPeers };
 
 // A range of bytes that a call reads or writes.
 struct OperandSpec {

@@ -196,6 +196,7 @@ BoundOperand CpuExecutor::bind_operand(const Rank& rank, size_t index, const Ope
         case OperandKind::kState:
             within(spec_.groups.size(), "state group");
             return {rank.state[number].data(), 0};
+        case OperandKind::kPeers:
         case OperandKind::kInput:
             break;
     }

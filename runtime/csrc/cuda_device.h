@@ -17,6 +17,8 @@ namespace enginery {
 
 using Address = uint64_t;
 
+constexpr int64_t kPointerAlignment = 16;  // which kernels are promised of every pointer
+
 // A named part of the device's memory.
 struct Region {
     OperandKind kind = OperandKind::kBuffer;
@@ -52,6 +54,10 @@ class CudaDevice {
     // Every thread calls this before the others.
     virtual void make_current() = 0;
 
+    // The devices of all ranks in order, this among them: launches of this one may touch memory of all from now on.
+    // Throws TargetError where the hardware cannot do that.
+    virtual void connect(const std::vector<CudaDevice*>& ranks) = 0;
+
     // On 256 bytes. purpose: for the message of a CapacityError.
     virtual Address allocate(int64_t bytes, const std::string& purpose) = 0;
     // Memory of the host that copies read and write while the host goes on.
@@ -69,6 +75,12 @@ class CudaDevice {
     virtual void copy_to_host(std::byte* to, Address from, int64_t bytes) = 0;
     virtual void fill_zero(Address at, int64_t bytes) = 0;
     virtual void synchronize() = 0;
+    // Marks this place of the stream, under one of kMarks numbers; wait() returns when the device has come there.
+    static constexpr size_t kMarks = 2;
+    virtual void mark(size_t number) = 0;
+    virtual void wait(size_t number) = 0;
+    // Whether wait() would return at once.
+    virtual bool has_come(size_t number) = 0;
 
     // Throws EngineFormatError where the machine code is not what the plan says.
     virtual int32_t load_kernel(const KernelSpec& kernel) = 0;
@@ -81,7 +93,8 @@ class CudaDevice {
     virtual void replay(int32_t graph) = 0;
 };
 
-// The first GPU that the driver shows. Throws TargetError where there is none that runs code for spec.cuda.arch.
+// The GPU that the rank's spec names. Throws TargetError where it is not there, or does not run code for
+// spec.cuda.arch.
 std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec, size_t rank);
 std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec, size_t rank);
 

@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <array>
-
 #include "errors.h"
 
 namespace enginery::cuda {
@@ -33,17 +31,6 @@ Driver::Driver() {
             ". See whether nvidia-smi works; after an update of the driver the machine must be restarted.");
     }
     require_version();
-    int count = 0;
-    if (const Result result = cuDeviceGetCount(&count); result != kSuccess || count < 1) {
-        throw TargetError(
-            "The NVIDIA driver shows no GPU to this process. See what nvidia-smi lists and what CUDA_VISIBLE_DEVICES "
-            "leaves of it; a container must be given GPUs (docker run --gpus all).");
-    }
-    check(cuDeviceGet(&device_, 0), "cuDeviceGet");
-    if (const Result result = cuDevicePrimaryCtxRetain(&context_, device_); result != kSuccess) {
-        throw TargetError("The GPU cannot be used: the driver says " + describe(result) +
-                          ". Another process may hold it, or all of its memory: see nvidia-smi.");
-    }
 }
 
 void Driver::open() {
@@ -70,34 +57,6 @@ void Driver::require_version() const {
         throw TargetError("The NVIDIA driver is too old: it knows CUDA up to " + version_name(version) + ". " +
                           kNewDriver);
     }
-}
-
-void Driver::make_current() const {
-    if (const Result result = cuCtxSetCurrent(context_); result != kSuccess) {
-        throw TargetError("The GPU cannot be used any more: the driver says " + describe(result) +
-                          ". Restart the server.");
-    }
-}
-
-GpuInfo Driver::gpu() const {
-    make_current();
-    GpuInfo info;
-    std::array<char, 256> name{};
-    check(cuDeviceGetName(name.data(), static_cast<int>(name.size()) - 1, device_), "cuDeviceGetName");
-    info.name = name.data();
-    check(cuDriverGetVersion(&info.driver), "cuDriverGetVersion");
-    const auto attribute = [this](int number) {
-        int value = 0;
-        check(cuDeviceGetAttribute(&value, number, device_), "cuDeviceGetAttribute");
-        return value;
-    };
-    info.arch = attribute(kAttributeMajor) * 10 + attribute(kAttributeMinor);
-    info.shared_bytes = attribute(kAttributeSharedBytes);
-    size_t free_bytes = 0, total_bytes = 0;
-    check(cuMemGetInfo_v2(&free_bytes, &total_bytes), "cuMemGetInfo");
-    info.free_bytes = static_cast<int64_t>(free_bytes);
-    info.total_bytes = static_cast<int64_t>(total_bytes);
-    return info;
 }
 
 std::string Driver::describe(Result result) const {

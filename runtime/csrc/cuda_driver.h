@@ -17,6 +17,7 @@ using Context = struct ContextHandle*;
 using Module = struct ModuleHandle*;
 using Function = struct FunctionHandle*;
 using Stream = struct StreamHandle*;
+using Event = struct EventHandle*;
 using Graph = struct GraphHandle*;
 using GraphExec = struct GraphExecHandle*;
 
@@ -24,12 +25,15 @@ constexpr Result kSuccess = 0;
 constexpr Result kErrorInvalidValue = 1;
 constexpr Result kErrorOutOfMemory = 2;
 constexpr Result kErrorNoDevice = 100;
+constexpr Result kErrorNotReady = 600;
+constexpr Result kErrorPeerAccessAlreadyEnabled = 704;
 
 constexpr int kAttributeMajor = 75;  // of the compute capability
 constexpr int kAttributeMinor = 76;
 constexpr int kAttributeSharedBytes = 97;  // per block, opted in
 constexpr int kFunctionSharedBytes = 8;    // the most dynamic shared memory of a function
 constexpr unsigned kStreamNonBlocking = 1;
+constexpr unsigned kEventDisableTiming = 2;
 constexpr int kCaptureThreadLocal = 1;
 constexpr int kLaunchAttributePdl = 6;  // programmatic stream serialization
 
@@ -65,6 +69,8 @@ struct LaunchConfig {
     X(cuDeviceGetAttribute, (int*, int, Device))                            \
     X(cuDevicePrimaryCtxRetain, (Context*, Device))                         \
     X(cuCtxSetCurrent, (Context))                                           \
+    X(cuDeviceCanAccessPeer, (int*, Device, Device))                        \
+    X(cuCtxEnablePeerAccess, (Context, unsigned))                           \
     X(cuMemGetInfo_v2, (size_t*, size_t*))                                  \
     X(cuMemAlloc_v2, (DevicePointer*, size_t))                              \
     X(cuMemFree_v2, (DevicePointer))                                        \
@@ -83,6 +89,11 @@ struct LaunchConfig {
     X(cuStreamCreate, (Stream*, unsigned))                                  \
     X(cuStreamDestroy_v2, (Stream))                                         \
     X(cuStreamSynchronize, (Stream))                                        \
+    X(cuEventCreate, (Event*, unsigned))                                    \
+    X(cuEventDestroy_v2, (Event))                                           \
+    X(cuEventRecord, (Event, Stream))                                       \
+    X(cuEventQuery, (Event))                                                \
+    X(cuEventSynchronize, (Event))                                          \
     X(cuStreamBeginCapture_v2, (Stream, int))                               \
     X(cuStreamEndCapture, (Stream, Graph*))                                 \
     X(cuGraphInstantiateWithFlags, (GraphExec*, Graph, unsigned long long)) \
@@ -90,29 +101,14 @@ struct LaunchConfig {
     X(cuGraphExecDestroy, (GraphExec))                                      \
     X(cuGraphDestroy, (Graph))
 
-// What the driver says of the GPU that enginery uses: the first one that it shows (CUDA_VISIBLE_DEVICES decides).
-struct GpuInfo {
-    std::string name;
-    int32_t arch = 0;          // compute capability: 90 is 9.0
-    int32_t driver = 0;        // the newest CUDA that the driver knows: 12040 is 12.4
-    int64_t shared_bytes = 0;  // that a block of threads can have
-    int64_t free_bytes = 0;
-    int64_t total_bytes = 0;
-};
-
 class Driver {
   public:
-    // The driver with a context on the first GPU, which stays until the process ends. Throws TargetError where there is
-    // no driver, one that is too old, or no GPU; the next call tries again.
+    // Throws TargetError where there is no driver, one that does not start, or is too old; the next call tries again.
     static const Driver& get();
 
 #define ENGINERY_CUDA_MEMBER(name, parameters) Result(*name) parameters = nullptr;
     ENGINERY_CUDA_FUNCTIONS(ENGINERY_CUDA_MEMBER)
 #undef ENGINERY_CUDA_MEMBER
-
-    // For the calling thread. Throws TargetError.
-    void make_current() const;
-    GpuInfo gpu() const;
 
     // Throws EngineryError naming what failed, unless `result` is success.
     void check(Result result, const std::string& what) const;
@@ -123,9 +119,6 @@ class Driver {
     Driver();
     void open();
     void require_version() const;
-
-    Device device_ = 0;
-    Context context_ = nullptr;
 };
 
 }  // namespace enginery::cuda

@@ -34,10 +34,7 @@ const ExecutorSpec& checked(const ExecutorSpec& spec) {
     if (spec.cuda.max_blocks < 1 || spec.max_tokens < 1 || spec.max_rows < 1 || spec.max_sequences < 1) {
         refuse("A plan for steps of nothing");
     }
-    if (spec.ranks.size() != 1) {
-        throw TargetError("This engine was built for " + std::to_string(spec.ranks.size()) +
-                          " GPUs (--tensor-parallel-size); on CUDA this runtime serves with one. Build it for one.");
-    }
+    if (spec.ranks.empty()) refuse("A plan of no rank");
     return spec;
 }
 
@@ -48,29 +45,87 @@ CudaExecutor::CudaExecutor(const ExecutorSpec& spec, std::vector<std::unique_ptr
       inputs_(spec_),
       pool_(pool_size(spec_)),
       launchers_(static_cast<int32_t>(spec_.ranks.size())) {
-    const int64_t bytes = inputs_.place({spec_.max_tokens, spec_.max_rows, spec_.max_sequences, spec_.max_sequences,
-                                         spec_.max_tokens, spec_.cuda.max_blocks});
+    const int64_t rows = spec_.max_rows;
+    const int64_t bytes =
+        inputs_.place({spec_.max_tokens, rows, spec_.max_sequences, spec_.max_sequences, spec_.max_tokens,
+                       spec_.cuda.max_blocks, rows, rows, rows, rows, spec_.cuda.max_edits});
     for (size_t rank = 0; rank < spec_.ranks.size(); ++rank) {
         ranks_.push_back(std::make_unique<CudaRank>(spec_, rank, inputs_, bytes, std::move(devices.at(rank)), pool_));
     }
-    CudaDevice& first = ranks_.front()->device();
-    first.make_current();
-    inputs_host_ = first.allocate_pinned(bytes, "step inputs");
-    const int64_t logits_bytes = spec_.max_rows * logits_stride() * static_cast<int64_t>(sizeof(float));
-    logits_ = reinterpret_cast<float*>(first.allocate_pinned(logits_bytes, "logits"));
+    for (const auto& rank : ranks_) rank->connect(ranks_);
+    allocate_pinned(bytes);
+    prepare_graphs();
 }
 
-Variables CudaExecutor::padded(const Variables& variables) const {
-    const int64_t sequences = value_of(variables, Variable::kSequences);
-    const int64_t largest = std::min({spec_.max_tokens, spec_.max_rows, spec_.max_sequences});
-    const int64_t size = std::min(graph_size(sequences), largest);
-    return {size, size, size, size, 0, spec_.cuda.max_blocks};
+CudaExecutor::~CudaExecutor() {
+    for (const auto& rank : ranks_) {
+        try {
+            rank->device().make_current();
+            rank->device().synchronize();
+        } catch (const EngineryError&) {  // it has failed: then nothing runs
+        }
+    }
+}
+
+void CudaExecutor::allocate_pinned(int64_t inputs_bytes) {
+    CudaDevice& device = ranks_.front()->device();
+    device.make_current();
+    const RankSpec& rank = spec_.ranks.front();
+    constexpr int64_t kElement = sizeof(float);
+    const auto allocate = [&]<typename T>(T*& memory, int64_t elements, const char* purpose) {
+        memory = reinterpret_cast<T*>(device.allocate_pinned(elements * kElement, purpose));
+    };
+    allocate(logits_, spec_.max_rows * rank.logits_stride, "logits");
+    for (Exchange& exchange : exchanges_) {
+        exchange.inputs = device.allocate_pinned(inputs_bytes, "step inputs");
+        if (!draws()) continue;
+        allocate(exchange.token, spec_.max_rows, "tokens");
+        allocate(exchange.logprob, spec_.max_rows, "logprobs");
+        allocate(exchange.rank, spec_.max_rows, "ranks");
+        allocate(exchange.top_tokens, spec_.max_rows * rank.draws.top, "tokens");
+        allocate(exchange.top_logprobs, spec_.max_rows * rank.draws.top, "logprobs");
+    }
+}
+
+// Of every size: those of steps whose rows are all likeliest, and those that draw some at random.
+void CudaExecutor::prepare_graphs() {
+    const int64_t largest = largest_graph();
+    for (int64_t size = 1; size > 0; size = size < largest ? std::min(graph_size(size + 1), largest) : 0) {
+        for (const int64_t drawn : draws() ? std::vector<int64_t>{0, size} : std::vector<int64_t>{0}) {
+            Variables variables{size, size, size, size, 0, spec_.cuda.max_blocks};
+            value_of(variables, Variable::kDrawn) = drawn;
+            inputs_.place(variables);
+            launchers_.run(
+                [&](int32_t rank) { ranks_[static_cast<size_t>(rank)]->prepare(inputs_, {variables, draws(), true}); });
+        }
+    }
+}
+
+int64_t CudaExecutor::largest_graph() const {
+    return std::min({spec_.max_tokens, spec_.max_rows, spec_.max_sequences});
+}
+
+// Of a step in which every sequence decodes one token: as large as a graph.
+Variables CudaExecutor::padded(Variables variables) const {
+    const int64_t size = std::min(graph_size(value_of(variables, Variable::kSequences)), largest_graph());
+    for (const Variable variable : {Variable::kTokens, Variable::kRows, Variable::kSequences, Variable::kDecodes,
+                                    Variable::kDrawn, Variable::kEdited, Variable::kRanked, Variable::kListed}) {
+        int64_t& value = value_of(variables, variable);
+        if (value > 0) value = size;
+    }
+    return variables;
+}
+
+DrawLimits CudaExecutor::draw_limits() const {
+    if (!draws()) return {};
+    const DrawsSpec& spec = spec_.ranks.front().draws;
+    return {true, std::min(spec.edit_slots, spec_.max_sequences), spec_.cuda.max_edits, spec.top, spec_.vocab_size};
 }
 
 void CudaExecutor::launch(const Step& step) {
     if (failed_) throw EngineryError("An earlier step failed on the GPU, which serves no more: restart the server.");
     if (step.num_tokens < 1 || step.num_tokens > spec_.max_tokens || step.num_rows > spec_.max_rows ||
-        step.num_sequences > spec_.max_sequences) {
+        step.num_sequences > spec_.max_sequences || step.num_edits > spec_.cuda.max_edits) {
         throw EngineryError("A step of " + std::to_string(step.num_tokens) + " tokens is larger than planned.");
     }
     try {
@@ -82,26 +137,81 @@ void CudaExecutor::launch(const Step& step) {
 }
 
 void CudaExecutor::run_step(const Step& step) {
-    Variables variables = inputs_.variables_of(step);
-    const bool decodes = step.num_tokens == step.num_sequences && step.num_tokens == step.num_rows;
-    if (decodes) variables = padded(variables);
-    const int64_t bytes = inputs_.place(variables);
-    inputs_.pack(step, variables, inputs_host_);
-    launchers_.run([&](int32_t rank) {
-        ranks_[static_cast<size_t>(rank)]->launch(inputs_, variables, inputs_host_, bytes, decodes);
+    const size_t mark = next_mark_;
+    Exchange& exchange = exchanges_[mark];
+    CudaRank::Work work{inputs_.variables_of(step), step.draws != nullptr, false};
+    if (step.num_tokens == step.num_sequences && step.num_tokens == step.num_rows) {
+        work.variables = padded(work.variables);
+        work.recurs = step.num_edits == 0;
+    }
+    const int64_t bytes = inputs_.place(work.variables);
+    // Before any rank's launches: one that is captured while others wait for it on their GPU may not get there.
+    if (work.recurs && ranks_.size() > 1 && !ranks_.front()->is_prepared(work)) {
+        launchers_.run([&](int32_t rank) { ranks_[static_cast<size_t>(rank)]->prepare(inputs_, work); });
+    }
+    inputs_.pack(step, work.variables, exchange.inputs);
+    launchers_.run([&](int32_t index) {
+        CudaRank& rank = *ranks_[static_cast<size_t>(index)];
+        rank.launch(inputs_, work, exchange.inputs, bytes);
+        if (index == 0) copy_results(step, work.variables, exchange);
+        rank.mark(mark);
     });
+    launched_.push_back(mark);
+    next_mark_ = (mark + 1) % CudaDevice::kMarks;
+}
+
+void CudaExecutor::copy_results(const Step& step, const Variables& variables, Exchange& exchange) {
     if (step.num_rows == 0) return;
-    ranks_.front()->device().make_current();
-    ranks_.front()->copy_logits(logits_, step.num_rows);
+    const RankSpec& rank = spec_.ranks.front();
+    const auto copy = [&](int32_t buffer, auto* to, int64_t columns) {
+        ranks_.front()->copy_buffer(buffer, reinterpret_cast<std::byte*>(to),
+                                    step.num_rows * columns * static_cast<int64_t>(sizeof(*to)));
+    };
+    if (step.draws == nullptr) return copy(rank.logits_buffer, logits_, rank.logits_stride);
+    copy(rank.draws.token, exchange.token, 1);
+    if (value_of(variables, Variable::kRanked) > 0) {
+        copy(rank.draws.logprob, exchange.logprob, 1);
+        copy(rank.draws.rank, exchange.rank, 1);
+    }
+    if (value_of(variables, Variable::kListed) > 0) {
+        copy(rank.draws.top_tokens, exchange.top_tokens, rank.draws.top);
+        copy(rank.draws.top_logprobs, exchange.top_logprobs, rank.draws.top);
+    }
 }
 
 void CudaExecutor::collect() {
     try {
-        for (const auto& rank : ranks_) rank->wait();
+        collected_ = launched_.front();
+        launched_.pop_front();
+        for (size_t rank = 0; rank < ranks_.size(); ++rank) wait_for(rank);
     } catch (...) {
         failed_ = true;
         throw;
     }
+}
+
+// A rank that waits in vain for another fails (plugins/all_reduce/triton_meeting.py): tells which has not come.
+void CudaExecutor::wait_for(size_t rank) {
+    try {
+        ranks_[rank]->wait(collected_);
+    } catch (const EngineryError& error) {
+        if (ranks_.size() == 1) throw;
+        std::string late;
+        for (size_t other = 0; other < ranks_.size(); ++other) {
+            if (other != rank && !ranks_[other]->has_come(collected_))
+                late += " Rank " + std::to_string(other) + ", on GPU " + std::to_string(spec_.ranks[other].gpu) +
+                        ", has not come to the end of the step.";
+        }
+        throw EngineryError("Rank " + std::to_string(rank) + " of " + std::to_string(ranks_.size()) + ", on GPU " +
+                            std::to_string(spec_.ranks[rank].gpu) + ": " + error.what() + late);
+    }
+}
+
+DrawnRow CudaExecutor::drawn(int32_t row) const {
+    const Exchange& exchange = exchanges_[collected_];
+    const int32_t first = row * spec_.ranks.front().draws.top;
+    return {exchange.token[row], exchange.logprob[row], exchange.rank[row], exchange.top_tokens + first,
+            exchange.top_logprobs + first};
 }
 
 std::map<std::string, int64_t> CudaExecutor::memory() const {

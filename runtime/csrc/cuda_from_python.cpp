@@ -60,7 +60,8 @@ KernelSpec read_kernel(Fields& fields) {
 void read_pointer(Fields& fields, ArgumentSpec& argument) {
     std::string kind, access;
     fields.required("kind", kind);
-    argument.kind = choose<OperandKind>(fields, "kind", std::array{"buffer", "weight", "input", "state"}, kind);
+    argument.kind =
+        choose<OperandKind>(fields, "kind", std::array{"buffer", "weight", "input", "state", "peers"}, kind);
     fields.required("index", argument.index);
     fields.required("target", argument.target);
     fields.required("offset", argument.offset);
@@ -113,6 +114,7 @@ CudaSpec read_cuda_spec(Fields& fields) {
     fields.required("shared_bytes", spec.shared_bytes);
     fields.required("tile_tokens", spec.tile_tokens);
     fields.required("max_blocks", spec.max_blocks);
+    fields.required("max_edits", spec.max_edits);
     fields.each("kernels", [&](Fields& entry) { spec.kernels.push_back(read_kernel(entry)); });
     return spec;
 }

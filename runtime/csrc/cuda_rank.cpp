@@ -37,14 +37,25 @@ CudaRank::CudaRank(const ExecutorSpec& spec, size_t rank, const StepInputs& inpu
     for (const KernelSpec& kernel : spec_.cuda.kernels) kernels.push_back(device_->load_kernel(kernel));
     allocate(pool);
     add_regions(inputs);
-    for (const LaunchSpec& launch : rank_.launches) {
-        if (launch.kernel < 0 || static_cast<size_t>(launch.kernel) >= kernels.size()) {
-            refuse("A launch of kernel " + std::to_string(launch.kernel) + ", which is not there");
-        }
-        bind(launch, inputs);
-        launches_.back().device.kernel = kernels[static_cast<size_t>(launch.kernel)];
-    }
+    peers_.allocate(*device_, rank_, spec_.ranks.size());
+    forward_ = bind_all(rank_.launches, inputs, kernels);
+    sample_ = bind_all(rank_.sample, inputs, kernels);
     device_->synchronize();
+}
+
+void CudaRank::connect(const std::vector<std::unique_ptr<CudaRank>>& ranks) {
+    std::vector<CudaDevice*> devices;
+    for (const auto& rank : ranks) devices.push_back(rank->device_.get());
+    device_->make_current();
+    device_->connect(devices);
+    peers_.fill(*device_, rank_, [&](size_t rank, const BufferSpec& like) { return ranks[rank]->address_of(like); });
+}
+
+Address CudaRank::address_of(const BufferSpec& like) const {
+    for (const BufferSpec& buffer : rank_.buffers) {
+        if (buffer.name == like.name && buffer.bytes == like.bytes) return arena_ + static_cast<Address>(buffer.offset);
+    }
+    refuse("Ranks share the buffer '" + checked(like.name) + "', which not all of them have in one size");
 }
 
 void CudaRank::check_spec() const {
@@ -54,12 +65,24 @@ void CudaRank::check_spec() const {
             refuse("Buffer '" + checked(buffer.name) + "' lies outside of the arena, or not on 256 bytes");
         }
     }
-    const auto logits = static_cast<size_t>(rank_.logits_buffer);
-    if (rank_.logits_buffer < 0 || logits >= rank_.buffers.size() || rank_.logits_stride < spec_.vocab_size ||
-        rank_.logits_stride > INT32_MAX ||
-        rank_.buffers[logits].bytes < spec_.max_rows * rank_.logits_stride * static_cast<int64_t>(sizeof(float))) {
+    constexpr int64_t kElement = sizeof(float);
+    if (rank_.logits_stride < spec_.vocab_size || rank_.logits_stride > INT32_MAX ||
+        !holds(rank_.logits_buffer, rank_.logits_stride * kElement)) {
         refuse("The logits of " + std::to_string(spec_.max_rows) + " rows do not fit their buffer");
     }
+    const DrawsSpec& draws = rank_.draws;
+    if (rank_.sample.empty()) return;
+    if (draws.top < 1 || draws.edit_slots < 1 || !holds(draws.token, kElement) || !holds(draws.logprob, kElement) ||
+        !holds(draws.rank, kElement) || !holds(draws.top_tokens, draws.top * kElement) ||
+        !holds(draws.top_logprobs, draws.top * kElement)) {
+        refuse("What is drawn for " + std::to_string(spec_.max_rows) + " rows does not fit its buffers");
+    }
+}
+
+bool CudaRank::holds(int32_t buffer, int64_t row_bytes) const {
+    const auto index = static_cast<size_t>(buffer);
+    return buffer >= 0 && index < rank_.buffers.size() &&
+           row_bytes <= rank_.buffers[index].bytes / std::max(spec_.max_rows, 1);
 }
 
 void CudaRank::allocate(ThreadPool& pool) {
@@ -97,7 +120,7 @@ void CudaRank::add_regions(const StepInputs& inputs) {
     for (const BufferSpec& buffer : rank_.buffers) {
         buffer_regions_.push_back(
             device_->add_region({OperandKind::kBuffer, buffer.name, -1, arena_ + static_cast<Address>(buffer.offset),
-                                 buffer.bytes, buffer.zeroed}));
+                                 buffer.bytes, buffer.zeroed || buffer.kept}));
     }
     for (const WeightSpec& weight : rank_.weights) {
         const Address address = weights_ + static_cast<Address>(weight.offset - weights_begin_);
@@ -128,7 +151,20 @@ int32_t CudaRank::state_region(int32_t group, int32_t layer) {
     return state_regions_.emplace(std::pair(group, layer), device_->add_region(region)).first->second;
 }
 
-void CudaRank::bind(const LaunchSpec& launch, const StepInputs& inputs) {
+std::vector<CudaRank::BoundLaunch> CudaRank::bind_all(const std::vector<LaunchSpec>& launches, const StepInputs& inputs,
+                                                      const std::vector<int32_t>& kernels) {
+    std::vector<BoundLaunch> bound;
+    for (const LaunchSpec& launch : launches) {
+        if (launch.kernel < 0 || static_cast<size_t>(launch.kernel) >= kernels.size()) {
+            refuse("A launch of kernel " + std::to_string(launch.kernel) + ", which is not there");
+        }
+        bound.push_back(bind(launch, inputs));
+        bound.back().device.kernel = kernels[static_cast<size_t>(launch.kernel)];
+    }
+    return bound;
+}
+
+CudaRank::BoundLaunch CudaRank::bind(const LaunchSpec& launch, const StepInputs& inputs) {
     BoundLaunch bound;
     bound.spec = bound.device.spec = &launch;
     for (const GuardRange& range : launch.guard) bound.guard.emplace_back(find_variable(range.variable), range);
@@ -141,7 +177,7 @@ void CudaRank::bind(const LaunchSpec& launch, const StepInputs& inputs) {
             std::memcpy(&bound.device.arguments.back().bits, &argument.real, sizeof(argument.real));
         }
     }
-    launches_.push_back(std::move(bound));
+    return bound;
 }
 
 void CudaRank::bind_pointer(BoundLaunch& bound, const ArgumentSpec& argument, const StepInputs& inputs) {
@@ -172,6 +208,12 @@ void CudaRank::bind_pointer(BoundLaunch& bound, const ArgumentSpec& argument, co
             pointer.extent = spec_.num_blocks[index] * group.block_bytes - layer;
             break;
         }
+        case OperandKind::kPeers: {
+            const PeerTables::Table& table = peers_.find(argument.index, argument.offset);
+            pointer.region = table.region;
+            pointer.bits = table.address;
+            break;
+        }
         case OperandKind::kInput: {
             const size_t input = inputs.find(argument.target, argument.index);
             bound.inputs.back() = input;
@@ -181,25 +223,35 @@ void CudaRank::bind_pointer(BoundLaunch& bound, const ArgumentSpec& argument, co
     }
 }
 
-void CudaRank::launch(const StepInputs& inputs, const Variables& variables, const std::byte* from, int64_t bytes,
-                      bool recurs) {
-    device_->make_current();
+void CudaRank::place_inputs(const StepInputs& inputs) {
     for (size_t index = 0; index < input_regions_.size(); ++index) {
         const StepInputs::Input& input = inputs.inputs()[index];
         device_->move_region(input_regions_[index], inputs_ + static_cast<Address>(input.offset), input.bytes);
     }
-    device_->begin_step(variables);
+}
+
+void CudaRank::prepare(const StepInputs& inputs, const Work& work) {
+    device_->make_current();
+    place_inputs(inputs);
+    graphs_.emplace(std::pair(work.variables, work.draws), capture(inputs, work));
+}
+
+void CudaRank::launch(const StepInputs& inputs, const Work& work, const std::byte* from, int64_t bytes) {
+    device_->make_current();
+    place_inputs(inputs);
+    device_->begin_step(work.variables);
     device_->copy_to_device(inputs_, from, bytes);
-    if (!recurs) return run_launches(inputs, variables);
-    auto found = graphs_.find(variables);
-    if (found == graphs_.end()) found = graphs_.emplace(variables, capture(inputs, variables)).first;
+    if (!work.recurs) return run(inputs, work);
+    const std::pair key(work.variables, work.draws);
+    auto found = graphs_.find(key);
+    if (found == graphs_.end()) found = graphs_.emplace(key, capture(inputs, work)).first;
     device_->replay(found->second);
 }
 
-int32_t CudaRank::capture(const StepInputs& inputs, const Variables& variables) {
+int32_t CudaRank::capture(const StepInputs& inputs, const Work& work) {
     device_->begin_capture();
     try {
-        run_launches(inputs, variables);
+        run(inputs, work);
     } catch (...) {
         device_->abandon_capture();
         throw;
@@ -207,8 +259,13 @@ int32_t CudaRank::capture(const StepInputs& inputs, const Variables& variables) 
     return device_->end_capture();
 }
 
-void CudaRank::run_launches(const StepInputs& inputs, const Variables& variables) {
-    for (BoundLaunch& bound : launches_) {
+void CudaRank::run(const StepInputs& inputs, const Work& work) {
+    run_launches(forward_, inputs, work.variables);
+    if (work.draws) run_launches(sample_, inputs, work.variables);
+}
+
+void CudaRank::run_launches(std::vector<BoundLaunch>& launches, const StepInputs& inputs, const Variables& variables) {
+    for (BoundLaunch& bound : launches) {
         const bool holds = std::all_of(bound.guard.begin(), bound.guard.end(), [&](const auto& guard) {
             const int64_t value = value_of(variables, guard.first);
             return guard.second.min <= value && value <= guard.second.max;
@@ -242,15 +299,21 @@ void CudaRank::run_launch(BoundLaunch& bound, const StepInputs& inputs, const Va
     device_->launch(launch);
 }
 
-void CudaRank::copy_logits(float* to, int32_t num_rows) {
-    const auto logits = static_cast<size_t>(rank_.logits_buffer);
-    device_->copy_to_host(reinterpret_cast<std::byte*>(to), arena_ + static_cast<Address>(rank_.buffers[logits].offset),
-                          num_rows * rank_.logits_stride * static_cast<int64_t>(sizeof(float)));
+void CudaRank::copy_buffer(int32_t buffer, std::byte* to, int64_t bytes) {
+    const int64_t offset = rank_.buffers[static_cast<size_t>(buffer)].offset;
+    device_->copy_to_host(to, arena_ + static_cast<Address>(offset), bytes);
 }
 
-void CudaRank::wait() {
+void CudaRank::mark(size_t number) { device_->mark(number); }
+
+void CudaRank::wait(size_t number) {
     device_->make_current();
-    device_->synchronize();
+    device_->wait(number);
+}
+
+bool CudaRank::has_come(size_t number) {
+    device_->make_current();
+    return device_->has_come(number);
 }
 
 std::map<std::string, int64_t> CudaRank::memory() const {

@@ -7,6 +7,7 @@
 
 #include "cuda_device.h"
 #include "executor.h"
+#include "peer_tables.h"
 #include "step_inputs.h"
 #include "thread_pool.h"
 
@@ -21,15 +22,31 @@ class CudaRank {
 
     CudaDevice& device() { return *device_; }
 
-    // Enqueues a step of these variables, whose inputs lie at `from` as placed: by a graph if it is one that recurs.
-    void launch(const StepInputs& inputs, const Variables& variables, const std::byte* from, int64_t bytes,
-                bool recurs);
+    // Of all ranks in order, this among them: tells its launches where the others' buffers lie. Before any step.
+    void connect(const std::vector<std::unique_ptr<CudaRank>>& ranks);
 
-    // Enqueues a copy of the first rows of logits.
-    void copy_logits(float* to, int32_t num_rows);
+    // What a step runs. recurs: as a graph.
+    struct Work {
+        Variables variables;
+        bool draws = false;
+        bool recurs = false;
+    };
 
-    // Waits for all that was enqueued.
-    void wait();
+    // Captures the graph of a step that recurs, of which nothing runs.
+    void prepare(const StepInputs& inputs, const Work& work);
+
+    bool is_prepared(const Work& work) const { return graphs_.contains({work.variables, work.draws}); }
+
+    // Enqueues a step, whose inputs lie at `from` as placed.
+    void launch(const StepInputs& inputs, const Work& work, const std::byte* from, int64_t bytes);
+
+    // Enqueues a copy of a buffer's beginning to the host.
+    void copy_buffer(int32_t buffer, std::byte* to, int64_t bytes);
+
+    // Marks the end of what was enqueued so far, and waits for it (CudaDevice).
+    void mark(size_t number);
+    void wait(size_t number);
+    bool has_come(size_t number);
 
     // Bytes by purpose.
     std::map<std::string, int64_t> memory() const;
@@ -45,14 +62,21 @@ class CudaRank {
     };
 
     void check_spec() const;
+    // Whether the buffer has room for all rows.
+    bool holds(int32_t buffer, int64_t row_bytes) const;
     void allocate(ThreadPool& pool);
     void add_regions(const StepInputs& inputs);
-    void bind(const LaunchSpec& launch, const StepInputs& inputs);
+    std::vector<BoundLaunch> bind_all(const std::vector<LaunchSpec>& launches, const StepInputs& inputs,
+                                      const std::vector<int32_t>& kernels);
+    BoundLaunch bind(const LaunchSpec& launch, const StepInputs& inputs);
     void bind_pointer(BoundLaunch& bound, const ArgumentSpec& argument, const StepInputs& inputs);
     int32_t state_region(int32_t group, int32_t layer);
-    void run_launches(const StepInputs& inputs, const Variables& variables);
+    Address address_of(const BufferSpec& like) const;
+    void place_inputs(const StepInputs& inputs);
+    void run(const StepInputs& inputs, const Work& work);
+    void run_launches(std::vector<BoundLaunch>& launches, const StepInputs& inputs, const Variables& variables);
     void run_launch(BoundLaunch& bound, const StepInputs& inputs, const Variables& variables);
-    int32_t capture(const StepInputs& inputs, const Variables& variables);
+    int32_t capture(const StepInputs& inputs, const Work& work);
 
     const ExecutorSpec& spec_;
     const RankSpec& rank_;
@@ -70,8 +94,10 @@ class CudaRank {
     std::vector<int32_t> weight_regions_;
     std::vector<int32_t> input_regions_;
     std::map<std::pair<int32_t, int32_t>, int32_t> state_regions_;  // by group and layer
-    std::vector<BoundLaunch> launches_;
-    std::map<Variables, int32_t> graphs_;
+    PeerTables peers_;
+    std::vector<BoundLaunch> forward_;
+    std::vector<BoundLaunch> sample_;
+    std::map<std::pair<Variables, bool>, int32_t> graphs_;  // by variables, and whether it draws
 };
 
 }  // namespace enginery

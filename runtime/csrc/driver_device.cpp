@@ -41,16 +41,20 @@ void check_gpu(const CudaSpec& spec, const cuda::GpuInfo& gpu) {
 
 }  // namespace
 
-DriverDevice::DriverDevice(const ExecutorSpec& spec) : driver_(cuda::Driver::get()) {
-    driver_.make_current();
-    check_gpu(spec.cuda, driver_.gpu());
+DriverDevice::DriverDevice(const ExecutorSpec& spec, size_t rank)
+    : driver_(cuda::Driver::get()), gpu_(cuda::Gpu::get(spec.ranks[rank].gpu)) {
+    gpu_.make_current();
+    check_gpu(spec.cuda, gpu_.info());
     driver_.check(driver_.cuStreamCreate(&stream_, cuda::kStreamNonBlocking), "cuStreamCreate");
+    for (cuda::Event& event : events_) {
+        driver_.check(driver_.cuEventCreate(&event, cuda::kEventDisableTiming), "cuEventCreate");
+    }
 }
 
 // Frees what it can; a GPU that has failed refuses everything.
 DriverDevice::~DriverDevice() {
     try {
-        driver_.make_current();
+        gpu_.make_current();
     } catch (const EngineryError&) {
         return;
     }
@@ -59,14 +63,21 @@ DriverDevice::~DriverDevice() {
     for (const cuda::Module module : modules_) driver_.cuModuleUnload(module);
     for (const cuda::DevicePointer memory : allocations_) driver_.cuMemFree_v2(memory);
     for (std::byte* memory : pinned_) driver_.cuMemFreeHost(memory);
+    for (const cuda::Event event : events_) driver_.cuEventDestroy_v2(event);
     driver_.cuStreamDestroy_v2(stream_);
+}
+
+void DriverDevice::connect(const std::vector<CudaDevice*>& ranks) {
+    for (CudaDevice* device : ranks) {
+        if (const auto* other = dynamic_cast<const DriverDevice*>(device)) gpu_.reach(other->gpu_);
+    }
 }
 
 Address DriverDevice::allocate(int64_t bytes, const std::string& purpose) {
     cuda::DevicePointer memory = 0;
     const cuda::Result result = driver_.cuMemAlloc_v2(&memory, static_cast<size_t>(std::max<int64_t>(bytes, 1)));
     if (result == cuda::kErrorOutOfMemory) {
-        const cuda::GpuInfo found = driver_.gpu();
+        const cuda::GpuInfo found = gpu_.info();
         throw CapacityError("The GPU has no memory for " + purpose + ": " + in_gib(bytes) + " are needed, " +
                             in_gib(found.free_bytes) + " of its " + in_gib(found.total_bytes) +
                             " are free. Give a smaller --gpu-memory-utilization, --kv-cache-memory-bytes or "
@@ -107,6 +118,16 @@ void DriverDevice::fill_zero(Address at, int64_t bytes) {
 }
 
 void DriverDevice::synchronize() { driver_.check(driver_.cuStreamSynchronize(stream_), "cuStreamSynchronize"); }
+
+void DriverDevice::mark(size_t number) {
+    driver_.check(driver_.cuEventRecord(events_[number], stream_), "cuEventRecord");
+}
+
+void DriverDevice::wait(size_t number) {
+    driver_.check(driver_.cuEventSynchronize(events_[number]), "cuEventSynchronize");
+}
+
+bool DriverDevice::has_come(size_t number) { return driver_.cuEventQuery(events_[number]) != cuda::kErrorNotReady; }
 
 int32_t DriverDevice::load_kernel(const KernelSpec& kernel) {
     check_cubin(kernel.cubin, "The machine code of kernel " + kernel.name);
@@ -200,8 +221,8 @@ void DriverDevice::replay(int32_t graph) {
     driver_.check(driver_.cuGraphLaunch(graphs_[static_cast<size_t>(graph)], stream_), "cuGraphLaunch");
 }
 
-std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec, size_t /*rank*/) {
-    return std::make_unique<DriverDevice>(spec);
+std::unique_ptr<CudaDevice> make_driver_device(const ExecutorSpec& spec, size_t rank) {
+    return std::make_unique<DriverDevice>(spec, rank);
 }
 
 }  // namespace enginery

@@ -1,19 +1,21 @@
-// The CUDA device that the driver shows.
+// A rank's stream on a GPU that the driver shows. Ranks may share a GPU, and then its context.
 #pragma once
 
 #include <vector>
 
 #include "cuda_device.h"
 #include "cuda_driver.h"
+#include "cuda_gpu.h"
 
 namespace enginery {
 
 class DriverDevice final : public CudaDevice {
   public:
-    explicit DriverDevice(const ExecutorSpec& spec);
+    DriverDevice(const ExecutorSpec& spec, size_t rank);
     ~DriverDevice() override;
 
-    void make_current() override { driver_.make_current(); }
+    void make_current() override { gpu_.make_current(); }
+    void connect(const std::vector<CudaDevice*>& ranks) override;
     Address allocate(int64_t bytes, const std::string& purpose) override;
     std::byte* allocate_pinned(int64_t bytes, const std::string& purpose) override;
     void free_pinned(std::byte* memory) override;
@@ -25,6 +27,9 @@ class DriverDevice final : public CudaDevice {
     void copy_to_host(std::byte* to, Address from, int64_t bytes) override;
     void fill_zero(Address at, int64_t bytes) override;
     void synchronize() override;
+    void mark(size_t number) override;
+    void wait(size_t number) override;
+    bool has_come(size_t number) override;
     int32_t load_kernel(const KernelSpec& kernel) override;
     void launch(const DeviceLaunch& launch) override;
     void begin_capture() override;
@@ -41,7 +46,9 @@ class DriverDevice final : public CudaDevice {
     void check_parameters(const KernelSpec& kernel, cuda::Function function) const;
 
     const cuda::Driver& driver_;
+    const cuda::Gpu& gpu_;
     cuda::Stream stream_ = nullptr;
+    std::array<cuda::Event, kMarks> events_{};
     std::vector<cuda::DevicePointer> allocations_;
     std::vector<std::byte*> pinned_;
     std::vector<cuda::Module> modules_;

@@ -41,6 +41,18 @@ struct BufferSpec {
     int64_t offset = 0;       // within the arena; buffers that never live together share bytes
     bool per_thread = false;  // every thread has its own
     bool zeroed = false;      // zero after loading, and every launch leaves it so
+    bool kept = false;        // lives from step to step
+};
+
+// Where a plan leaves what it draws: buffers of the rank, and how much there is.
+struct DrawsSpec {
+    int32_t token = -1;  // i32 [rows], as are the next two
+    int32_t logprob = -1;
+    int32_t rank = -1;
+    int32_t top_tokens = -1;  // [rows, top]
+    int32_t top_logprobs = -1;
+    int32_t top = 0;
+    int32_t edit_slots = 0;
 };
 
 // What one rank executes.
@@ -50,10 +62,13 @@ struct RankSpec {
     std::vector<WeightSpec> weights;
     std::vector<BufferSpec> buffers;
     int64_t arena_bytes = 0;
-    std::vector<CallSpec> forward;     // of a CPU target
-    std::vector<LaunchSpec> launches;  // of a CUDA target
-    int32_t logits_buffer = -1;        // rank 0: [rows, logits_stride] f32
-    int64_t logits_stride = 0;         // elements
+    std::vector<CallSpec> forward;  // of a CPU target
+    int32_t gpu = 0;                // of a CUDA target: the GPU it runs on, as the driver counts them
+    std::vector<LaunchSpec> launches;
+    std::vector<LaunchSpec> sample;  // that draw tokens from the logits, if the plan can
+    DrawsSpec draws;
+    int32_t logits_buffer = -1;  // rank 0: [rows, logits_stride] f32
+    int64_t logits_stride = 0;   // elements
 };
 
 struct ExecutorSpec {
@@ -71,18 +86,43 @@ struct ExecutorSpec {
 
 class CudaDevice;
 
+// What an executor that draws tokens can do at most. Steps that ask for more are drawn from by the caller.
+struct DrawLimits {
+    bool draws = false;
+    int32_t edit_slots = 0;
+    int32_t max_edits = 0;  // of a step
+    int32_t max_logprobs = 0;
+    int32_t vocab_size = 0;
+};
+
+// Of a row: the token (-1: a logit is not finite, -2: none is allowed), and what was asked for of logprobs and rank.
+struct DrawnRow {
+    int32_t token = -1;
+    float logprob = 0;
+    int32_t rank = 0;
+    const int32_t* top_tokens = nullptr;
+    const float* top_logprobs = nullptr;
+};
+
 class Executor {
   public:
     virtual ~Executor() = default;
 
-    // Starts a step. Its arrays stay valid until collect() returns.
+    // Starts a step. Its arrays stay valid until collect() returns. A step with draws may follow one that has some
+    // before that is collected, but no third.
     virtual void launch(const Step& step) = 0;
 
-    // Waits for the step started last; then logits(row) may be read until the next launch.
+    // Waits for the earliest step that was not collected yet.
     virtual void collect() = 0;
 
-    // [vocab_size] f32 of row `row` of the step collected last. The caller may change them (penalties).
+    // [vocab_size] f32 of row `row` of the step collected last, if it had no draws. The caller may change them
+    // (penalties), until the next launch.
     virtual float* logits(int32_t row) = 0;
+
+    virtual DrawLimits draw_limits() const { return {}; }
+
+    // Of row `row` of the step collected last, which had draws. Valid until the second launch from now on.
+    virtual DrawnRow drawn(int32_t /*row*/) const { return {}; }
 
     // Runs fn(0) .. fn(count - 1), each once, on the device's host threads; returns when all are done.
     virtual void parallel_for(int32_t count, const std::function<void(int32_t)>& fn) = 0;

@@ -7,8 +7,8 @@
 namespace enginery {
 namespace {
 
-constexpr std::array<const char*, kNumVariables> kVariableNames = {"tokens",  "rows",  "sequences",
-                                                                   "decodes", "tiles", "max_blocks"};
+constexpr std::array<const char*, kNumVariables> kVariableNames = {
+    "tokens", "rows", "sequences", "decodes", "tiles", "max_blocks", "drawn", "edited", "ranked", "listed", "edits"};
 constexpr std::array<const char*, 6> kOperatorNames = {"+", "*", "ceil_div", "round_up", "min", "max"};
 
 [[noreturn]] void refuse(const std::string& what) {

@@ -9,14 +9,27 @@
 namespace enginery {
 
 // decodes: sequences with one token in the step; tiles: pieces of the others' tokens; max_blocks: the same in all
-// steps.
-enum class Variable : uint8_t { kTokens, kRows, kSequences, kDecodes, kTiles, kMaxBlocks };
-constexpr size_t kNumVariables = 6;
+// steps; the others: engines/expressions.py.
+enum class Variable : uint8_t {
+    kTokens,
+    kRows,
+    kSequences,
+    kDecodes,
+    kTiles,
+    kMaxBlocks,
+    kDrawn,
+    kEdited,
+    kRanked,
+    kListed,
+    kEdits
+};
+constexpr size_t kNumVariables = 11;
 using Variables = std::array<int64_t, kNumVariables>;
 
 // The variable called `name`. Throws EngineFormatError.
 Variable find_variable(const std::string& name);
 
+inline int64_t& value_of(Variables& variables, Variable variable) { return variables[static_cast<size_t>(variable)]; }
 inline int64_t value_of(const Variables& variables, Variable variable) {
     return variables[static_cast<size_t>(variable)];
 }

@@ -75,10 +75,24 @@ RankSpec read_rank(Fields& fields) {
         entry.required("offset", buffer.offset);
         entry.optional("per_thread", buffer.per_thread);
         entry.optional("zeroed", buffer.zeroed);
+        entry.optional("kept", buffer.kept);
     });
     fields.required("arena_bytes", rank.arena_bytes);
     fields.each("forward", [&](Fields& entry) { rank.forward.push_back(read_call(entry)); });
+    fields.optional("gpu", rank.gpu);
     rank.launches = read_launches(fields, "launches");
+    rank.sample = read_launches(fields, "sample");
+    if (fields.has("draws")) {
+        Fields draws(fields.take("draws"), "draws");
+        draws.required("token", rank.draws.token);
+        draws.required("logprob", rank.draws.logprob);
+        draws.required("rank", rank.draws.rank);
+        draws.required("top_tokens", rank.draws.top_tokens);
+        draws.required("top_logprobs", rank.draws.top_logprobs);
+        draws.required("top", rank.draws.top);
+        draws.required("edit_slots", rank.draws.edit_slots);
+        draws.finish();
+    }
     fields.optional("logits_buffer", rank.logits_buffer);
     fields.optional("logits_stride", rank.logits_stride);
     return rank;

@@ -33,10 +33,10 @@ struct ArgumentSpec {
     ParameterKind parameter = ParameterKind::kPointer;
     // Of a pointer.
     OperandKind kind = OperandKind::kBuffer;
-    int32_t index = 0;   // buffer, weight or state group; of an input its group, if it has one
+    int32_t index = 0;   // buffer (of peers too), weight or state group; of an input its group, if it has one
     std::string target;  // what the pointer's memory is called
     int64_t offset = 0;
-    Expression extent;  // bytes from offset on; of buffers and weights
+    Expression extent;  // bytes from offset on; of buffers, of each of the peers', and of weights
     Access access = Access::kRead;
     int32_t layer = -1;  // of a state
     // Of a number.
@@ -58,6 +58,7 @@ struct CudaSpec {
     int64_t shared_bytes = 0;  // that a block of threads can have
     int32_t tile_tokens = 0;   // most tokens of an entry of the step input `tiles`
     int32_t max_blocks = 0;    // entries of a row of the step input `block_table`
+    int32_t max_edits = 0;     // of a step
     std::vector<KernelSpec> kernels;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <random>
+#include <utility>
 
 #include "errors.h"
 
@@ -53,7 +54,8 @@ Loop::Loop(const ExecutorSpec& spec, const LoopConfig& config, std::unique_ptr<E
       blocks_(spec.groups, spec.num_blocks, {config.enable_prefix_caching, config.rope_threshold, config.rope_exact}),
       scheduler_(scheduler_settings(spec, config), blocks_),
       limits_{spec.vocab_size, config.max_model_len, blocks_.capacity_tokens()},
-      batch_(spec.groups.size()) {
+      slots_(executor_->draw_limits()),
+      batches_{Batch(spec.groups.size()), Batch(spec.groups.size())} {
     std::random_device entropy;
     next_seed_ = static_cast<uint64_t>(entropy()) << 32 | entropy();
     publish_stats();
@@ -117,6 +119,7 @@ void Loop::close() {
     if (thread_.joinable()) thread_.join();
     take_commands();
     finish_all(FinishReason::kAbort, "");
+    collect_in_flight(nullptr);  // what it reads is the loop's
     outbox_.close();
     closed_ = true;
 }
@@ -173,19 +176,13 @@ bool Loop::make_step() {
     step_time_ = monotonic_seconds();
     const double executor_before = counters_.executor_seconds;
     try {
-        if (sequences_.empty()) {
+        if (sequences_.empty() && in_flight_ == nullptr) {
+            ended_.clear();
             blocks_.check_idle();
             publish_stats();
             return false;
         }
-        const std::vector<Chunk>& chunks = scheduler_.schedule();
-        if (chunks.empty()) throw EngineryError("internal error: requests wait, and none of them can run");
-        batch_.build(chunks, blocks_.block_size());
-        ++counters_.steps;
-        if (run_executor(chunks)) {
-            sample_rows();
-            apply_step(chunks);
-        }
+        run_step();
     } catch (const std::exception& error) {
         break_down(error.what());
     }
@@ -196,14 +193,57 @@ bool Loop::make_step() {
     return true;
 }
 
-// Launches and collects; an error ends the requests of this step, and only those.
-bool Loop::run_executor(const std::vector<Chunk>& chunks) {
+void Loop::run_step() {
+    chunks_ = scheduler_.schedule();
+    if (chunks_.empty() && in_flight_ == nullptr) {
+        throw EngineryError("internal error: requests wait, and none of them can run");
+    }
+    const bool draws = !chunks_.empty() && executor_draws();
+    if (!draws) {
+        collect_in_flight(nullptr);
+        drop_ended();
+        ended_.clear();  // no step speaks of them
+    }
+    if (chunks_.empty()) return;
+    Batch& batch = batches_[in_flight_ == batches_.data() ? 1 : 0];
+    const size_t num_ended = ended_.size();
+    batch.build(chunks_, blocks_.block_size(), draws ? &slots_ : nullptr);
+    ++counters_.steps;
+    if (!ask_executor([&] { executor_->launch(batch.step()); }, {&batch})) return;
+    if (draws) {
+        collect_in_flight(&batch);
+        drop_ended();
+        advance(&batch);
+        in_flight_ = &batch;
+        ended_.erase(ended_.begin(), ended_.begin() + static_cast<std::ptrdiff_t>(num_ended));
+    } else if (ask_executor([&] { executor_->collect(); }, {&batch})) {
+        sample_rows(batch);
+        advance(nullptr);
+        apply_rows(batch);
+    }
+}
+
+// Whether the executor can draw all tokens of this step; sequences have their slots then.
+bool Loop::executor_draws() {
+    slots_.begin_step();
+    return slots_.are_there() && std::all_of(chunks_.begin(), chunks_.end(), [this](const Chunk& chunk) {
+               const RowRange rows = rows_of(*chunk.sequence, chunk.num_tokens);
+               return rows.first_prompt == rows.end_prompt && (!rows.last_token || slots_.reserve(*chunk.sequence));
+           });
+}
+
+void Loop::drop_ended() {
+    std::erase_if(chunks_, [](const Chunk& chunk) { return chunk.sequence->ended; });
+}
+
+// False after an error, which ends the requests of these steps and only those.
+template <typename Action>
+bool Loop::ask_executor(const Action& action, std::initializer_list<const Batch*> batches) {
     const double started = monotonic_seconds();
     std::string error;
     bool succeeded = false;
     try {
-        executor_->launch(batch_.step());
-        executor_->collect();
+        action();
         succeeded = true;
     } catch (const std::exception& exception) {
         error = exception.what();
@@ -211,31 +251,45 @@ bool Loop::run_executor(const std::vector<Chunk>& chunks) {
     counters_.executor_seconds += monotonic_seconds() - started;
     if (succeeded) return true;
     Outbox::Writer writer(outbox_);
-    for (const Chunk& chunk : chunks) {
-        finish(writer, *chunk.sequence, FinishReason::kError,
-               "the step that this request was part of failed: " + error);
+    for (const Batch* batch : batches) {
+        for (Sequence* sequence : batch->sequences()) {
+            if (sequence->ended) continue;
+            finish(writer, *sequence, FinishReason::kError, "the step that this request was part of failed: " + error);
+        }
     }
     publish_stats();
     return false;
 }
 
-void Loop::sample_rows() {
-    const size_t num_rows = batch_.tasks().size();
+// next: launched since, whose sequences end too if this one has failed.
+void Loop::collect_in_flight(const Batch* next) {
+    if (in_flight_ == nullptr) return;
+    const Batch& batch = *std::exchange(in_flight_, nullptr);
+    const auto collect = [&] {
+        executor_->collect();
+        take_draws(batch);
+    };
+    const bool collected = next != nullptr ? ask_executor(collect, {&batch, next}) : ask_executor(collect, {&batch});
+    if (collected) apply_rows(batch);
+}
+
+void Loop::sample_rows(const Batch& batch) {
+    const size_t num_rows = batch.tasks().size();
     if (results_.size() < num_rows) results_.resize(num_rows);
+    const auto sample_one = [&](int32_t index) {
+        sample_row(batch.tasks()[static_cast<size_t>(index)], results_[static_cast<size_t>(index)]);
+    };
     if (num_rows > 1 && static_cast<int64_t>(num_rows) * vocab_size_ >= kParallelLogits) {
-        executor_->parallel_for(static_cast<int32_t>(num_rows),
-                                [this](int32_t index) { sample_row(static_cast<size_t>(index)); });
+        executor_->parallel_for(static_cast<int32_t>(num_rows), sample_one);
     } else {
-        for (size_t index = 0; index < num_rows; ++index) sample_row(index);
+        for (size_t index = 0; index < num_rows; ++index) sample_one(static_cast<int32_t>(index));
     }
 }
 
-void Loop::sample_row(size_t index) {
+void Loop::sample_row(const SampleTask& task, SampleResult& result) {
     thread_local SamplerScratch scratch;
-    const SampleTask& task = batch_.tasks()[index];
     const Sequence& sequence = *task.sequence;
     const float* logits = executor_->logits(task.row);
-    SampleResult& result = results_[index];
     if (task.prompt_token_id >= 0) {
         take_logprobs(logits, vocab_size_, task.prompt_token_id, sequence.request.prompt_logprobs, scratch, result);
     } else {
@@ -245,10 +299,39 @@ void Loop::sample_row(size_t index) {
     }
 }
 
-void Loop::apply_step(const std::vector<Chunk>& chunks) {
-    Outbox::Writer writer(outbox_);
-    size_t next_task = 0;
-    for (const Chunk& chunk : chunks) {
+// As the sampler would have left them. A device is not believed: tokens are indices into the host's memory.
+void Loop::take_draws(const Batch& batch) {
+    const auto check = [this](int32_t token, int32_t least) {
+        if (token >= least && token < vocab_size_) return;
+        throw EngineryError("token " + std::to_string(token) + " was drawn of a vocabulary of " +
+                            std::to_string(vocab_size_) + ": the engine is damaged; build it again");
+    };
+    const size_t num_rows = batch.tasks().size();
+    if (results_.size() < num_rows) results_.resize(num_rows);
+    for (size_t index = 0; index < num_rows; ++index) {
+        const SampleTask& task = batch.tasks()[index];
+        const DrawnRow row = executor_->drawn(task.row);
+        SampleResult& result = results_[index];
+        check(row.token, -2);
+        result.token_id = row.token;
+        result.fault = row.token >= 0    ? SampleResult::Fault::kNone
+                       : row.token == -1 ? SampleResult::Fault::kNonFinite
+                                         : SampleResult::Fault::kNothingAllowed;
+        result.logprobs.clear();
+        const int32_t num_logprobs = std::min(task.sequence->request.logprobs, vocab_size_);
+        if (num_logprobs < 0 || row.token < 0) continue;
+        result.logprobs.push_back({row.token, row.logprob, row.rank});
+        for (int32_t place = 0; place < num_logprobs; ++place) {
+            check(row.top_tokens[place], 0);
+            result.logprobs.push_back({row.top_tokens[place], row.top_logprobs[place], place + 1});
+        }
+    }
+}
+
+// The state of the step's tokens is in the blocks, or will be before any later step. drawing: the step, if its executor
+// draws tokens, which sequences end in from now on.
+void Loop::advance(const Batch* drawing) {
+    for (const Chunk& chunk : chunks_) {
         Sequence& sequence = *chunk.sequence;
         if (sequence.first_scheduled_time == 0) {
             sequence.first_scheduled_time = step_time_;
@@ -258,58 +341,74 @@ void Loop::apply_step(const std::vector<Chunk>& chunks) {
         }
         sequence.num_computed_tokens += chunk.num_tokens;
         blocks_.advance(sequence);
-        const size_t first_task = next_task;
-        while (next_task < batch_.tasks().size() && batch_.tasks()[next_task].sequence == &sequence) ++next_task;
-        for (size_t task = first_task; task < next_task; ++task) {
-            if (!apply_row(writer, batch_.tasks()[task], results_[task])) break;
-        }
+    }
+    if (drawing == nullptr) return;
+    for (const SampleTask& task : drawing->tasks()) {
+        if (task.sequence->ended) continue;
+        task.sequence->drawn_row = task.row;
+        task.sequence->token_ids.push_back(-1);
+    }
+}
+
+void Loop::apply_rows(const Batch& batch) {
+    Outbox::Writer writer(outbox_);
+    for (size_t index = 0; index < batch.tasks().size(); ++index) {
+        const SampleTask& task = batch.tasks()[index];
+        if (!task.sequence->ended) apply_row(writer, task, results_[index]);
     }
     publish_stats();
 }
 
-// False when the sequence has ended, and is gone.
-bool Loop::apply_row(Outbox::Writer& writer, const SampleTask& task, SampleResult& result) {
+void Loop::apply_row(Outbox::Writer& writer, const SampleTask& task, SampleResult& result) {
     Sequence& sequence = *task.sequence;
     if (result.fault == SampleResult::Fault::kNonFinite) {
+        const int32_t num_tokens = task.prompt_token_id >= 0 ? sequence.num_prompt_logprobs + 1
+                                   : sequence.drawn_row >= 0 ? sequence.num_known_tokens() - 1
+                                                             : sequence.num_known_tokens();
         finish(
             writer, sequence, FinishReason::kError,
-            "the model's logits after " + std::to_string(sequence.num_computed_tokens) +
+            "the model's logits after " + std::to_string(num_tokens) +
                 " tokens are not finite (infinite or not a number); check the engine with `enginery verify`, or build "
                 "it with a higher precision");
-        return false;
+        return;
     }
     if (result.fault == SampleResult::Fault::kNothingAllowed) {
         finish(writer, sequence, FinishReason::kError,
                "no token is allowed: every token of the vocabulary is a stop token and min_tokens is not reached");
-        return false;
+        return;
     }
     if (task.prompt_token_id >= 0) {
         sequence.prompt_logprobs.push_back(result.logprobs);
         ++sequence.num_prompt_logprobs;
-        return true;
+        return;
     }
     append_token(writer, sequence, result);
     const auto& stops = sequence.request.stop_token_ids;
     if (std::find(stops.begin(), stops.end(), result.token_id) != stops.end()) {
         writer.output(sequence).stop_token_id = result.token_id;
         finish(writer, sequence, FinishReason::kStop);
-        return false;
+        return;
     }
     if (sequence.num_known_tokens() >= sequence.max_length) {
         finish(writer, sequence, FinishReason::kLength);
-        return false;
+        return;
     }
-    return true;
 }
 
 void Loop::append_token(Outbox::Writer& writer, Sequence& sequence, SampleResult& result) {
     Output& output = writer.output(sequence);
-    if (sequence.num_generated_tokens() == 0) {
+    if (sequence.first_token_time == 0) {
         sequence.first_token_time = monotonic_seconds();
         output.has_prompt_logprobs = sequence.request.prompt_logprobs >= 0;
         output.prompt_logprobs = std::move(sequence.prompt_logprobs);
     }
-    sequence.token_ids.push_back(result.token_id);
+    if (sequence.drawn_row < 0) {
+        sequence.token_ids.push_back(result.token_id);
+        EditSlots::invalidate(sequence);
+    } else {
+        sequence.token_ids.back() = result.token_id;
+        sequence.drawn_row = -1;
+    }
     if (sequence.request.has_penalties()) ++sequence.token_counts[result.token_id];
     ++counters_.generation_tokens;
 
@@ -335,7 +434,9 @@ void Loop::finish(Outbox::Writer& writer, Sequence& sequence, FinishReason reaso
     if (reason == FinishReason::kError) blocks_.forget(sequence);
     if (reason == FinishReason::kStop || reason == FinishReason::kLength) scheduler_.learn_length(sequence);
     scheduler_.remove(&sequence);
-    sequences_.erase(sequence.id);
+    slots_.release(sequence);
+    sequence.ended = true;
+    ended_.push_back(std::move(sequences_.extract(sequence.id).mapped()));
 }
 
 void Loop::finish_all(FinishReason reason, const std::string& error) {
@@ -362,6 +463,8 @@ void Loop::break_down(std::string what) {
         ++counters_.finished[static_cast<size_t>(FinishReason::kError)];
     }
     scheduler_.clear();
+    in_flight_ = nullptr;
+    ended_.clear();
     sequences_.clear();
     publish_stats();
 }

@@ -2,12 +2,17 @@
 //
 // A step is a transaction: what goes wrong in it ends the requests it concerns, frees what they hold, and the loop goes
 // on. Requests that end between two steps hold nothing in the next one.
+//
+// Where the executor draws tokens itself, a step is launched before the tokens of the one before are read: its
+// sequences end in a token that only the executor knows. What turns out to have ended by then is computed once more for
+// nothing.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -90,11 +95,18 @@ class Loop {
     void run();
     bool take_commands();
     bool make_step();
-    bool run_executor(const std::vector<Chunk>& chunks);
-    void sample_rows();
-    void sample_row(size_t index);
-    void apply_step(const std::vector<Chunk>& chunks);
-    bool apply_row(Outbox::Writer& writer, const SampleTask& task, SampleResult& result);
+    void run_step();
+    bool executor_draws();
+    void drop_ended();
+    template <typename Action>
+    bool ask_executor(const Action& action, std::initializer_list<const Batch*> batches);
+    void collect_in_flight(const Batch* next);
+    void sample_rows(const Batch& batch);
+    void sample_row(const SampleTask& task, SampleResult& result);
+    void take_draws(const Batch& batch);
+    void advance(const Batch* drawing);
+    void apply_rows(const Batch& batch);
+    void apply_row(Outbox::Writer& writer, const SampleTask& task, SampleResult& result);
     void append_token(Outbox::Writer& writer, Sequence& sequence, SampleResult& result);
     void finish(Outbox::Writer& writer, Sequence& sequence, FinishReason reason, const std::string& error = "");
     void finish_all(FinishReason reason, const std::string& error);
@@ -110,7 +122,11 @@ class Loop {
 
     // The loop thread's own.
     std::unordered_map<int64_t, std::unique_ptr<Sequence>> sequences_;
-    Batch batch_;
+    EditSlots slots_;
+    std::array<Batch, 2> batches_;                  // of this step and the one before
+    const Batch* in_flight_ = nullptr;              // launched, and to be collected after the next is launched
+    std::vector<std::unique_ptr<Sequence>> ended_;  // that the step in flight still speaks of
+    std::vector<Chunk> chunks_;
     std::vector<SampleResult> results_;
     std::vector<Command> commands_;
     LoopStats counters_;

@@ -1,7 +1,7 @@
 // The extension module `enginery.runtime._core`; its Python side is written down in _core.pyi.
 #include <nanobind/ndarray.h>
 
-#include "cuda_driver.h"
+#include "cuda_gpu.h"
 #include "errors.h"
 #include "executors.h"
 #include "from_python.h"
@@ -98,11 +98,17 @@ void make_loop(Loop* loop, const nb::dict& spec_values, const nb::dict& config_v
     new (loop) Loop(spec, config, make(spec));
 }
 
-// What the first GPU is; raises TargetError where there is none that can be used.
-nb::dict cuda_gpu() {
-    const cuda::GpuInfo gpu = [] {
+// How many GPUs the driver shows; raises TargetError where that is none.
+int32_t cuda_gpu_count() {
+    const nb::gil_scoped_release released;
+    return cuda::Gpu::count();
+}
+
+// What this GPU is; raises TargetError where it is not there or cannot be used.
+nb::dict cuda_gpu(int32_t number) {
+    const cuda::GpuInfo gpu = [number] {
         const nb::gil_scoped_release released;
-        return cuda::Driver::get().gpu();
+        return cuda::Gpu::get(number).info();
     }();
     nb::dict dict;
     dict["name"] = gpu.name;
@@ -196,7 +202,8 @@ NB_MODULE(_core, module) {
     nanobind::register_exception_translator(enginery::translate);
     enginery::bind_loop(module);
     enginery::bind_kernels(module);
-    module.def("cuda_gpu", &enginery::cuda_gpu);
+    module.def("cuda_gpu_count", &enginery::cuda_gpu_count);
+    module.def("cuda_gpu", &enginery::cuda_gpu, nanobind::arg("number") = 0);
     module.def("sample_row", &enginery::sample_row, nanobind::arg("logits"), nanobind::arg("request"),
                nanobind::arg("output_token_ids"));
 }

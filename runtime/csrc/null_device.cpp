@@ -11,7 +11,6 @@
 namespace enginery {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // which kernels are promised of every pointer
 constexpr std::array<int64_t, 3> kLargestGrid = {INT32_MAX, UINT16_MAX, UINT16_MAX};
 
 std::string in_bytes(int64_t bytes) { return std::to_string(bytes) + " bytes"; }
@@ -23,7 +22,8 @@ const char* name_of(ParameterKind kind) {
 
 }  // namespace
 
-NullDevice::NullDevice(const ExecutorSpec& spec) : spec_(spec), model_(make_null_executor(spec)) {}
+NullDevice::NullDevice(const ExecutorSpec& spec, size_t rank)
+    : spec_(spec), model_(rank == 0 ? make_null_executor(spec) : nullptr) {}
 
 bool NullDevice::Range::contains(Address at, int64_t count) const {
     return at >= address && count <= bytes && at - address <= static_cast<Address>(bytes - count);
@@ -64,7 +64,7 @@ void NullDevice::move_region(int32_t region, Address address, int64_t bytes) {
 
 void NullDevice::begin_step(const Variables& variables) {
     variables_ = variables;
-    is_computed_ = false;
+    is_computed_ = is_drawn_ = false;
     for (RegionState& state : regions_) state.written_end = 0;
     copied_.clear();
     last_plan_region_ = -1;
@@ -74,33 +74,49 @@ void NullDevice::copy_to_device(Address to, const std::byte* from, int64_t bytes
     if (!is_allocated(to, bytes)) throw EngineryError("null device: a copy to memory that is not allocated");
     copied_.push_back({to, bytes});
     // Nothing here reads weights, and they may be larger than the host's memory.
-    const bool are_inputs = std::any_of(regions_.begin(), regions_.end(), [to](const RegionState& state) {
-        return state.region.kind == OperandKind::kInput && state.region.address == to;
+    const bool is_read = std::any_of(regions_.begin(), regions_.end(), [to](const RegionState& state) {
+        const bool has_content = state.region.kind == OperandKind::kInput || state.region.kind == OperandKind::kPeers;
+        return has_content && state.region.address == to;
     });
-    if (are_inputs) std::memcpy(reinterpret_cast<void*>(to), from, static_cast<size_t>(bytes));
+    if (is_read) std::memcpy(reinterpret_cast<void*>(to), from, static_cast<size_t>(bytes));
 }
 
 void NullDevice::copy_to_host(std::byte* to, Address from, int64_t bytes) {
     if (!is_allocated(from, bytes)) throw EngineryError("null device: a copy of memory that is not allocated");
-    const RankSpec& rank = spec_.ranks.front();
-    const std::string& logits = rank.buffers[static_cast<size_t>(rank.logits_buffer)].name;
     for (const RegionState& state : regions_) {
-        if (state.region.kind != OperandKind::kBuffer || state.region.name != logits) continue;
         const auto end = static_cast<int64_t>(from - state.region.address) + bytes;
-        if (state.region.address > from || end > state.region.bytes) break;
-        if (end > state.written_end) {
-            throw EngineryError("null device: " + in_bytes(end) +
-                                " of logits are read, of which the step has written " +
-                                std::to_string(state.written_end));
+        if (state.region.kind != OperandKind::kBuffer || from != state.region.address || end > state.region.bytes) {
+            continue;
         }
+        if (end > state.written_end) {
+            throw EngineryError("null device: " + in_bytes(end) + " of '" + state.region.name +
+                                "' are read, of which the step has written " + std::to_string(state.written_end));
+        }
+        const std::vector<BufferSpec>& buffers = spec_.ranks.front().buffers;
+        const auto found = std::find_if(buffers.begin(), buffers.end(),
+                                        [&](const BufferSpec& buffer) { return buffer.name == state.region.name; });
         run_model();
+        return copy_content(to, static_cast<int32_t>(found - buffers.begin()), bytes);
+    }
+    throw EngineryError("null device: a copy to the host of what is neither logits nor drawn");
+}
+
+void NullDevice::copy_content(std::byte* to, int32_t buffer, int64_t bytes) {
+    const RankSpec& rank = spec_.ranks.front();
+    if (buffer == rank.logits_buffer) {
         const int64_t rows = bytes / (rank.logits_stride * static_cast<int64_t>(sizeof(float)));
         for (int32_t row = 0; row < rows; ++row) {
             std::copy_n(model_->logits(row), spec_.vocab_size, reinterpret_cast<float*>(to) + row * rank.logits_stride);
         }
         return;
     }
-    throw EngineryError("null device: a copy to the host of what is not the logits");
+    if (!is_drawn_) draws_.draw(spec_, variables_, inputs(), num_rows_, *model_);
+    is_drawn_ = true;
+    const std::vector<std::byte> content = draws_.content(rank.draws, buffer);
+    if (content.empty() || static_cast<int64_t>(content.size()) < bytes) {
+        throw EngineryError("null device: a copy to the host of what is neither logits nor drawn");
+    }
+    std::copy_n(content.begin(), bytes, to);
 }
 
 // Memory is zero when it is allocated, and nothing here computes.
@@ -174,6 +190,10 @@ void NullDevice::check_launch(const DeviceLaunch& launch) {
                    std::string("is ") + name_of(given) + "; the kernel takes " + name_of(kernel.parameters[index]));
         }
         if (given == ParameterKind::kPointer) {
+            if (launch.spec->arguments[index].kind == OperandKind::kPeers) {
+                check_peers(launch, index);
+                continue;
+            }
             check_pointer(launch, index);
             if (launch.spec->arguments[index].access == Access::kRead) check_is_written(launch, index);
         } else {
@@ -182,7 +202,9 @@ void NullDevice::check_launch(const DeviceLaunch& launch) {
     }
     for (size_t index = 0; index < launch.arguments.size(); ++index) {
         const ArgumentSpec& spec = launch.spec->arguments[index];
-        if (spec.parameter == ParameterKind::kPointer && spec.access != Access::kRead) write(launch.arguments[index]);
+        // What other ranks write is theirs to check.
+        if (spec.parameter != ParameterKind::kPointer || spec.kind == OperandKind::kPeers) continue;
+        if (spec.access != Access::kRead) write(launch.arguments[index]);
     }
 }
 
@@ -211,8 +233,8 @@ void NullDevice::check_pointer(const DeviceLaunch& launch, size_t index) const {
     if (writes && (region.kind == OperandKind::kInput || region.kind == OperandKind::kWeight)) {
         refuse(launch, index, "writes '" + region.name + "', which launches only read");
     }
-    if (argument.bits % kAlignment != 0) {
-        refuse(launch, index, "its address is not a multiple of " + std::to_string(kAlignment));
+    if (argument.bits % kPointerAlignment != 0) {
+        refuse(launch, index, "its address is not a multiple of " + std::to_string(kPointerAlignment));
     }
     if (argument.extent < 1) refuse(launch, index, "reaches over " + in_bytes(argument.extent));
     if (!Range{region.address, region.bytes}.contains(argument.bits, argument.extent)) {
@@ -289,19 +311,24 @@ const NullDevice::RegionState& NullDevice::input(const char* name, int32_t group
     return *found;
 }
 
-void NullDevice::run_model() {
-    if (is_computed_) return;
-    is_computed_ = true;
-    const NullStep step(spec_, variables_, [this](const char* name, int32_t group) {
+NullStep::Find NullDevice::inputs() const {
+    return [this](const char* name, int32_t group) {
         const Region& region = input(name, group).region;
         return std::pair(reinterpret_cast<const std::byte*>(region.address), region.bytes);
-    });
+    };
+}
+
+void NullDevice::run_model() {
+    if (is_computed_ || model_ == nullptr) return;
+    is_computed_ = true;
+    const NullStep step(spec_, variables_, inputs(), draws_.tokens());
+    num_rows_ = step.step().num_rows;
     model_->launch(step.step());
     model_->collect();
 }
 
-std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec, size_t /*rank*/) {
-    return std::make_unique<NullDevice>(spec);
+std::unique_ptr<CudaDevice> make_null_device(const ExecutorSpec& spec, size_t rank) {
+    return std::make_unique<NullDevice>(spec, rank);
 }
 
 }  // namespace enginery

@@ -8,14 +8,16 @@
 
 #include "cuda_device.h"
 #include "mapping.h"
+#include "null_draws.h"
 
 namespace enginery {
 
 class NullDevice final : public CudaDevice {
   public:
-    explicit NullDevice(const ExecutorSpec& spec);
+    NullDevice(const ExecutorSpec& spec, size_t rank);
 
     void make_current() override {}
+    void connect(const std::vector<CudaDevice*>& ranks) override;
     Address allocate(int64_t bytes, const std::string& purpose) override;
     std::byte* allocate_pinned(int64_t bytes, const std::string& purpose) override;
     void free_pinned(std::byte* memory) override;
@@ -27,6 +29,9 @@ class NullDevice final : public CudaDevice {
     void copy_to_host(std::byte* to, Address from, int64_t bytes) override;
     void fill_zero(Address at, int64_t bytes) override;
     void synchronize() override;
+    void mark(size_t) override { run_model(); }
+    void wait(size_t) override {}
+    bool has_come(size_t) override { return true; }
     int32_t load_kernel(const KernelSpec& kernel) override;
     void launch(const DeviceLaunch& launch) override;
     void begin_capture() override;
@@ -50,6 +55,7 @@ class NullDevice final : public CudaDevice {
     void check_launch(const DeviceLaunch& launch);
     void check_grid(const DeviceLaunch& launch) const;
     void check_pointer(const DeviceLaunch& launch, size_t index) const;
+    void check_peers(const DeviceLaunch& launch, size_t index) const;
     void check_number(const DeviceLaunch& launch, size_t index) const;
     void check_is_written(const DeviceLaunch& launch, size_t index) const;
     void write(const LaunchArgument& argument);
@@ -57,10 +63,15 @@ class NullDevice final : public CudaDevice {
     [[noreturn]] void refuse(const DeviceLaunch& launch, size_t argument, const std::string& what) const;
 
     const RegionState& input(const char* name, int32_t group) const;
+    NullStep::Find inputs() const;
     void run_model();
+    void copy_content(std::byte* to, int32_t buffer, int64_t bytes);
+
+    const RegionState* buffer(const std::string& name) const;
 
     ExecutorSpec spec_;
-    std::unique_ptr<Executor> model_;
+    std::unique_ptr<Executor> model_;  // of the first rank, whose logits are read
+    std::vector<const NullDevice*> ranks_;
     std::map<Address, Mapping> allocations_;
     std::vector<Mapping> pinned_;
     std::vector<RegionState> regions_;
@@ -70,6 +81,9 @@ class NullDevice final : public CudaDevice {
     // Of the step.
     Variables variables_{};
     bool is_computed_ = true;  // by the null executor
+    bool is_drawn_ = true;
+    int32_t num_rows_ = 0;  // without padding
+    NullDraws draws_;
     std::vector<Range> copied_;
     int32_t last_plan_region_ = -1;
 };

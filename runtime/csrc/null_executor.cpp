@@ -7,6 +7,7 @@
 
 #include "errors.h"
 #include "executor.h"
+#include "null_faults.h"
 
 namespace enginery {
 namespace {
@@ -15,12 +16,6 @@ uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 32)) * 0xd6e8feb86659fd93U;
     z = (z ^ (z >> 32)) * 0xd6e8feb86659fd93U;
     return z ^ (z >> 32);
-}
-
-// Faults on request, to test how the loop takes them: spec.isa = "fail_on=7 nan_on=9 ..." names token ids.
-int32_t fault_token(const std::string& faults, const std::string& name) {
-    const size_t found = faults.find(name + "=");
-    return found == std::string::npos ? -1 : std::stoi(faults.substr(found + name.size() + 1));
 }
 
 struct Slot {

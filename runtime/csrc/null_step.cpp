@@ -9,30 +9,33 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw EngineryError("null device: " + what); }
 
-template <typename T>
-const T* read(const NullStep::Find& find, const char* name, int32_t group, int64_t count) {
-    const auto [data, bytes] = find(name, group);
-    if (bytes != count * static_cast<int64_t>(sizeof(T))) {
-        refuse(std::string("input ") + name + " has " + std::to_string(bytes) + " bytes, wanted " +
-               std::to_string(count) + " elements");
-    }
-    return reinterpret_cast<const T*>(data);
-}
-
 }  // namespace
 
-NullStep::NullStep(const ExecutorSpec& spec, const Variables& variables, const Find& find) : variables_(variables) {
+NullStep::NullStep(const ExecutorSpec& spec, const Variables& variables, const Find& find,
+                   const std::vector<int32_t>& drawn)
+    : variables_(variables) {
     const int64_t tokens = value_of(variables, Variable::kTokens), rows = value_of(variables, Variable::kRows);
     const int64_t table = (value_of(variables, Variable::kSequences) + 1) * spec.cuda.max_blocks;
-    step_.token_ids = read<int32_t>(find, "token_ids", -1, tokens);
-    step_.positions = read<int32_t>(find, "positions", -1, tokens);
-    step_.prompt_lengths = read<int32_t>(find, "prompt_lengths", -1, tokens);
-    step_.token_sequence = read<int32_t>(find, "token_sequence", -1, tokens);
-    step_.rows = read<int32_t>(find, "rows", -1, rows);
+    const auto* token_ids = read_input<int32_t>(find, "token_ids", -1, tokens);
+    token_ids_.assign(token_ids, token_ids + tokens);
+    for (int32_t& token : token_ids_) {
+        const int64_t row = -1 - int64_t{token};
+        if (row >= static_cast<int64_t>(drawn.size())) refuse("a token of row " + std::to_string(row) + " before");
+        if (row < 0) continue;
+        token = drawn[static_cast<size_t>(row)];
+        // Where none was drawn the embedding gives zeros, and its sequence ends before anybody reads what comes of
+        // that.
+        if (token < 0 || token >= spec.vocab_size) token = 0;
+    }
+    step_.token_ids = token_ids_.data();
+    step_.positions = read_input<int32_t>(find, "positions", -1, tokens);
+    step_.prompt_lengths = read_input<int32_t>(find, "prompt_lengths", -1, tokens);
+    step_.token_sequence = read_input<int32_t>(find, "token_sequence", -1, tokens);
+    step_.rows = read_input<int32_t>(find, "rows", -1, rows);
     for (size_t group = 0; group < spec.groups.size(); ++group) {
         const auto index = static_cast<int32_t>(group);
-        const auto* slots = read<int64_t>(find, "slots", index, tokens);
-        const auto* blocks = read<int32_t>(find, "block_table", index, table);
+        const auto* slots = read_input<int64_t>(find, "slots", index, tokens);
+        const auto* blocks = read_input<int32_t>(find, "block_table", index, table);
         step_.groups.push_back({blocks, spec.cuda.max_blocks, slots});
     }
     const int64_t* slots = step_.groups.front().slots;
@@ -75,8 +78,8 @@ void NullStep::check_padding(const ExecutorSpec& spec) const {
 void NullStep::check_pieces(const ExecutorSpec& spec, const Find& find) const {
     const int64_t tokens = value_of(variables_, Variable::kTokens);
     const int64_t decodes = value_of(variables_, Variable::kDecodes), tiles = value_of(variables_, Variable::kTiles);
-    const auto* decode = read<int32_t>(find, "decode_tokens", -1, decodes);
-    const auto* tile = read<int32_t>(find, "tiles", -1, 2 * tiles);
+    const auto* decode = read_input<int32_t>(find, "decode_tokens", -1, decodes);
+    const auto* tile = read_input<int32_t>(find, "tiles", -1, 2 * tiles);
     std::vector<int32_t> times(static_cast<size_t>(tokens), 0);
     const auto take = [&](const char* what, int64_t first, int64_t count) {
         if (first < 0 || count < 1 || first > tokens - count) refuse(std::string(what) + " lies outside of the step");

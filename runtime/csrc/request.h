@@ -72,8 +72,15 @@ struct Sequence {
     int32_t num_preemptions = 0;
     int32_t num_cached_tokens = 0;  // prompt tokens that the prefix cache held at first admission
     bool running = false;           // else it waits; the scheduler's
+    bool ended = false;             // and kept only for the step in flight
+    int32_t drawn_row = -1;         // of the step in flight, which draws the last of token_ids; -1: that is known
     int64_t last_scheduled_step = -1;
     TokenCounts token_counts;  // kept only where penalties ask for it
+
+    // At an executor that draws tokens (edit_slots.h).
+    int32_t edit_slot = -1;
+    bool edits_told = false;
+    bool edits_masked = false;  // stop tokens are
 
     std::vector<std::vector<int32_t>> block_tables;  // [group][logical block], -1 where there is none
     std::vector<Digest> block_hashes;                // of full blocks of token_ids, as far as they were needed
@@ -86,7 +93,10 @@ struct Sequence {
     size_t outbox_index = 0;
 
     int32_t num_known_tokens() const { return static_cast<int32_t>(token_ids.size()); }
-    int32_t num_pending_tokens() const { return num_known_tokens() - num_computed_tokens; }
+    // Whose state is to be computed: none, if the step in flight brings the last token.
+    int32_t num_pending_tokens() const {
+        return drawn_row >= 0 && num_known_tokens() >= max_length ? 0 : num_known_tokens() - num_computed_tokens;
+    }
     int32_t num_generated_tokens() const { return num_known_tokens() - num_prompt_tokens; }
 };
 

@@ -9,8 +9,6 @@
 namespace enginery {
 namespace {
 
-constexpr float kGreedyBelow = 1e-5F;  // temperatures that only overflow
-
 // The finalizer of SplitMix64 (Steele, Lea, Flood 2014).
 uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9U;

@@ -9,6 +9,8 @@
 
 namespace enginery {
 
+constexpr float kGreedyBelow = 1e-5F;  // temperatures that only overflow
+
 struct SampleResult {
     enum class Fault : uint8_t { kNone, kNonFinite, kNothingAllowed };
 

@@ -45,7 +45,9 @@ const std::vector<Chunk>& Scheduler::schedule() {
     preempted_ = false;
     fill_step();
     // Everyone who runs may hold blocks and lack one more: then one of them gives way, until the oldest can go on.
-    while (chunks_.empty() && !running_.empty()) {
+    // But for those whose last token is on its way, and who will hold none soon.
+    const auto is_drawing = [](const Sequence* sequence) { return sequence->drawn_row >= 0; };
+    while (chunks_.empty() && !running_.empty() && std::none_of(running_.begin(), running_.end(), is_drawing)) {
         preempt_any();
         fill_step();
     }

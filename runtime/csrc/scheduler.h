@@ -65,7 +65,8 @@ class Scheduler {
     // Forgets everything, blocks included: after a broken invariant.
     void clear();
 
-    // The next step, blocks allocated; valid until the next call. Empty only when there is nothing to do.
+    // The next step, blocks allocated; valid until the next call. Empty only when there is nothing to do before the
+    // step in flight has ended.
     const std::vector<Chunk>& schedule();
 
     size_t num_running() const { return running_.size(); }

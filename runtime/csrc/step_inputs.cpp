@@ -1,8 +1,11 @@
 #include "step_inputs.h"
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "errors.h"
+#include "sampler.h"
 
 namespace enginery {
 namespace {
@@ -10,24 +13,65 @@ namespace {
 constexpr int64_t kAlignment = 256;
 
 // What every step has, then what it has for each state group.
-enum Single : uint8_t { kTokenIds, kPositions, kPromptLengths, kTokenSequence, kRows, kDecodeTokens, kTiles, kSingles };
+enum Single : uint8_t {
+    kTokenIds,
+    kPositions,
+    kPromptLengths,
+    kTokenSequence,
+    kRows,
+    kDecodeTokens,
+    kTiles,
+    // How each row is drawn.
+    kTemperature,
+    kTopK,
+    kTopP,
+    kMinP,
+    kSeed,
+    kNumGenerated,
+    kEditSlots,
+    kPresencePenalty,
+    kFrequencyPenalty,
+    kRepetitionPenalty,
+    // What edits each.
+    kEditedSlots,
+    kEditedTokens,
+    kEditedCounts,
+    kEditedBiases,
+    kSingles
+};
 enum OfGroup : uint8_t { kSlots, kBlockTable, kOfGroup };
 
-constexpr std::array<const char*, kSingles> kSingleNames = {
-    "token_ids", "positions", "prompt_lengths", "token_sequence", "rows", "decode_tokens", "tiles"};
+constexpr std::array<const char*, kSingles> kSingleNames = {"token_ids",
+                                                            "positions",
+                                                            "prompt_lengths",
+                                                            "token_sequence",
+                                                            "rows",
+                                                            "decode_tokens",
+                                                            "tiles",
+                                                            "temperature",
+                                                            "top_k",
+                                                            "top_p",
+                                                            "min_p",
+                                                            "seed",
+                                                            "num_generated",
+                                                            "edit_slots",
+                                                            "presence_penalty",
+                                                            "frequency_penalty",
+                                                            "repetition_penalty",
+                                                            "edited_slots",
+                                                            "edited_tokens",
+                                                            "edited_counts",
+                                                            "edited_biases"};
 constexpr std::array<const char*, kOfGroup> kGroupNames = {"slots", "block_table"};
 
-int64_t elements_of(size_t input, const Variables& variables) {
-    switch (input) {
-        case kRows:
-            return value_of(variables, Variable::kRows);
-        case kDecodeTokens:
-            return value_of(variables, Variable::kDecodes);
-        case kTiles:
-            return 2 * value_of(variables, Variable::kTiles);
-        default:
-            return value_of(variables, Variable::kTokens);
-    }
+int64_t bytes_of(size_t input, const Variables& variables) {
+    constexpr int64_t kElement = sizeof(int32_t);
+    if (input == kSeed) return value_of(variables, Variable::kRows) * static_cast<int64_t>(sizeof(uint64_t));
+    if (input >= kEditedSlots) return value_of(variables, Variable::kEdits) * kElement;
+    if (input >= kTemperature || input == kRows) return value_of(variables, Variable::kRows) * kElement;
+    if (input == kDecodeTokens) return value_of(variables, Variable::kDecodes) * kElement;
+    if (input == kTiles) return 2 * value_of(variables, Variable::kTiles) * kElement;
+    return value_of(variables, Variable::kTokens) * kElement;
 }
 
 template <typename T>
@@ -74,7 +118,19 @@ Variables StepInputs::variables_of(const Step& step) const {
             tiles += (tokens + tile_tokens_ - 1) / tile_tokens_;
         }
     }
-    return {step.num_tokens, step.num_rows, step.num_sequences, decodes, tiles, max_blocks_};
+    Variables variables{step.num_tokens, step.num_rows, step.num_sequences, decodes, tiles, max_blocks_};
+    for (int32_t row = 0; step.draws != nullptr && row < step.num_rows; ++row) {
+        const Draw& draw = step.draws[row];
+        const auto note = [&](Variable variable, bool holds) {
+            if (holds) value_of(variables, variable) = step.num_rows;
+        };
+        note(Variable::kDrawn, draw.temperature >= kGreedyBelow);
+        note(Variable::kEdited, draw.edit_slot >= 0);
+        note(Variable::kRanked, draw.num_logprobs >= 0);
+        note(Variable::kListed, draw.num_logprobs > 0);
+    }
+    value_of(variables, Variable::kEdits) = step.num_edits;
+    return variables;
 }
 
 int64_t StepInputs::place(const Variables& variables) {
@@ -85,7 +141,7 @@ int64_t StepInputs::place(const Variables& variables) {
         position += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     };
     for (size_t index = 0; index < kSingles; ++index) {
-        put(inputs_[index], elements_of(index, variables) * static_cast<int64_t>(sizeof(int32_t)));
+        put(inputs_[index], bytes_of(index, variables));
     }
     const int64_t tokens = value_of(variables, Variable::kTokens);
     const int64_t table_rows = value_of(variables, Variable::kSequences) + 1;  // the last is that of padding
@@ -100,6 +156,7 @@ int64_t StepInputs::place(const Variables& variables) {
 void StepInputs::pack(const Step& step, const Variables& variables, std::byte* to) const {
     pack_tokens(step, variables, to);
     pack_pieces(step, to);
+    pack_draws(step, variables, to);
     for (size_t group = 0; group < groups_.size(); ++group) pack_group(step, variables, group, to);
 }
 
@@ -135,6 +192,33 @@ void StepInputs::pack_pieces(const Step& step, std::byte* to) const {
             *tile++ = first + start;
             *tile++ = std::min(tile_tokens_, tokens - start);
         }
+    }
+}
+
+// Padding takes the likeliest of what it finds.
+void StepInputs::pack_draws(const Step& step, const Variables& variables, std::byte* to) const {
+    if (step.draws == nullptr) return;
+    const int64_t rows = value_of(variables, Variable::kRows);
+    const auto put = [&](Single input, auto Draw::* field) {
+        using Value = std::remove_reference_t<decltype(std::declval<Draw>().*field)>;
+        auto* values = at<Value>(to, inputs_[input].offset);
+        for (int64_t row = 0; row < rows; ++row) values[row] = (row < step.num_rows ? step.draws[row] : Draw{}).*field;
+    };
+    put(kTemperature, &Draw::temperature);
+    put(kTopK, &Draw::top_k);
+    put(kTopP, &Draw::top_p);
+    put(kMinP, &Draw::min_p);
+    put(kSeed, &Draw::seed);
+    put(kNumGenerated, &Draw::num_generated);
+    put(kEditSlots, &Draw::edit_slot);
+    put(kPresencePenalty, &Draw::presence_penalty);
+    put(kFrequencyPenalty, &Draw::frequency_penalty);
+    put(kRepetitionPenalty, &Draw::repetition_penalty);
+    for (int32_t edit = 0; edit < step.num_edits; ++edit) {
+        at<int32_t>(to, inputs_[kEditedSlots].offset)[edit] = step.edits[edit].slot;
+        at<int32_t>(to, inputs_[kEditedTokens].offset)[edit] = step.edits[edit].token;
+        at<int32_t>(to, inputs_[kEditedCounts].offset)[edit] = step.edits[edit].count;
+        at<float>(to, inputs_[kEditedBiases].offset)[edit] = step.edits[edit].bias;
     }
 }
 

@@ -2,7 +2,8 @@
 //
 // Where each lies depends on the step's variables alone: steps with the same variables have the same addresses, which a
 // captured graph needs. A step that is smaller than its variables say is padded: tokens with slot -1, at position 0 of
-// a sequence of their own, whose row of the block table is all zeros.
+// a sequence of their own, whose row of the block table is all zeros. drawn, edited, ranked and listed are all rows or
+// 0.
 #pragma once
 
 #include <cstddef>
@@ -40,6 +41,7 @@ class StepInputs {
   private:
     void pack_tokens(const Step& step, const Variables& variables, std::byte* to) const;
     void pack_pieces(const Step& step, std::byte* to) const;
+    void pack_draws(const Step& step, const Variables& variables, std::byte* to) const;
     void pack_group(const Step& step, const Variables& variables, size_t group, std::byte* to) const;
 
     int32_t tile_tokens_;

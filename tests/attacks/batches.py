@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import byte_attacks, document_attacks, manifest_attacks, plan_attacks, weights_attacks
+from . import byte_attacks, document_attacks, drawing_attacks, manifest_attacks, plan_attacks, weights_attacks
 from .forge import Attacks, Forge
 
 BATCHES: dict[str, Callable[[Forge], Attacks]] = {
@@ -20,3 +20,6 @@ BATCHES: dict[str, Callable[[Forge], Attacks]] = {
     "tokenizer": document_attacks.tokenizers,
     "documents": document_attacks.documents,
 }
+
+# On engines for GPUs.
+GPU_BATCHES: dict[str, Callable[[Forge], Attacks]] = {"plan drawing": drawing_attacks.attacks}

@@ -32,3 +32,11 @@ def sound_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with prepare(request) as prepared:
             engines[name] = build(prepared)
     return engines
+
+
+@pytest.fixture(scope="session")
+def sound_gpu_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of kernels without code, for the null device."""
+    from ..runtime.cuda_engines import build_shell
+
+    return build_shell("llama", tmp_path_factory.mktemp("gpu"), precision="bf16")

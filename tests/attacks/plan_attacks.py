@@ -11,18 +11,20 @@ import msgpack
 
 from .forge import PLAN, Attack, Attacks, Forge, Place, calls_of, places, put, remove, set_calls
 
-_INTEGERS = (0, 1, -1, 15, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 40, (1 << 48) - 1, 1 << 48, 1 << 62, (1 << 64) - 1)
-_FLOATS = (float("nan"), float("inf"), float("-inf"), 0.0, -1.0, 1e38, 1e308, 5e-324)
+INTEGERS = (0, 1, -1, 15, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 40, (1 << 48) - 1, 1 << 48, 1 << 62, (1 << 64) - 1)
+FLOATS = (float("nan"), float("inf"), float("-inf"), 0.0, -1.0, 1e38, 1e308, 5e-324)
 _OTHERS: tuple[object, ...] = (None, True, "", [], {}, "x" * (1 << 20), b"\xff\xfe", "tokens", ["+", 1, 1])
 
 
-def _edit(name: str, edit: Callable[[dict[str, Any]], object]) -> Attack:
+def edit_plan(name: str, edit: Callable[[dict[str, Any]], object]) -> Attack:
+    """Rank 0's plan after `edit`."""
     return Attack(name, lambda forge: forge.edit_plan(edit))
 
 
-def _set(at: Place, value: object) -> Attack:
+def set_in_plan(at: Place, value: object) -> Attack:
+    """Rank 0's plan with another value at a place."""
     shown = repr(value)
-    return _edit(f"{'.'.join(map(str, at))} = {shown[:40]}", lambda plan: put(plan, at, copy.deepcopy(value)))
+    return edit_plan(f"{'.'.join(map(str, at))} = {shown[:40]}", lambda plan: put(plan, at, copy.deepcopy(value)))
 
 
 def _sample_calls(plan: dict[str, Any]) -> set[int]:
@@ -46,13 +48,13 @@ def numbers(forge: Forge) -> Attacks:
     """Every number of the plan as other numbers."""
     for at, value in _interesting(forge.plan):
         if isinstance(value, bool):
-            yield _set(at, not value)
+            yield set_in_plan(at, not value)
         elif isinstance(value, (int, float)):
-            for other in _INTEGERS if isinstance(value, int) else (*_FLOATS, 0, 1 << 40):
-                yield _set(at, other)
+            for other in INTEGERS if isinstance(value, int) else (*FLOATS, 0, 1 << 40):
+                yield set_in_plan(at, other)
             if isinstance(value, int) and value > 1:
                 for other in (value + 1, value - 1, value * 2, value // 2, value + 64):
-                    yield _set(at, other)
+                    yield set_in_plan(at, other)
 
 
 def operands(forge: Forge) -> Attacks:
@@ -66,28 +68,28 @@ def operands(forge: Forge) -> Attacks:
         at: Place = ("entry_points", "forward", "instructions", index)
         for name, operand in call["operands"].items():
             place = (*at, "operands", name)
-            yield _edit(f"call {index} {call['op']} without {name}", lambda plan, place=place: remove(plan, place))
+            yield edit_plan(f"call {index} {call['op']} without {name}", lambda plan, place=place: remove(plan, place))
             for other in chance.sample(everything, 6):
-                yield _set(place, other)
-            for kind in ("buffer", "weight", "input", "state"):
-                yield _set((*place, "kind"), kind)
+                yield set_in_plan(place, other)
+            for kind in ("buffer", "weight", "input", "state", "peers"):
+                yield set_in_plan((*place, "kind"), kind)
             if operand["kind"] == "buffer":
                 for buffer in chance.sample(buffers, min(4, len(buffers))):
-                    yield _set((*place, "name"), buffer)
+                    yield set_in_plan((*place, "name"), buffer)
             for change in ({"extent": 0}, {"offset": 2}, {"offset": 4}, {"offset": 64}, {"extent": ["*", "rows", 4]}):
-                yield _set(place, operand | change)
+                yield set_in_plan(place, operand | change)
         for name in ("x", "residual", "delta", "bias", "out_scale", "q_norm", "inv_freq_long", "table_scale", "\x00"):
-            yield _set((*at, "operands", name), chance.choice(everything))
+            yield set_in_plan((*at, "operands", name), chance.choice(everything))
         for name in call["attributes"]:
-            yield _edit(
+            yield edit_plan(
                 f"call {index} {call['op']} without attribute {name}",
                 lambda plan, place=(*at, "attributes", name): remove(plan, place),
             )
-        yield _set((*at, "attributes", "new"), 1)
+        yield set_in_plan((*at, "attributes", "new"), 1)
         for domain in ("tokens", "rows"):
-            yield _set((*at, "attributes", "domain"), domain)
+            yield set_in_plan((*at, "attributes", "domain"), domain)
         for other in ("linear", "rms_norm", "attention", "all_reduce", "all_gather", "gather_rows", "system"):
-            yield _set((*at, "op"), other)
+            yield set_in_plan((*at, "op"), other)
 
 
 def structure(forge: Forge) -> Attacks:
@@ -96,7 +98,7 @@ def structure(forge: Forge) -> Attacks:
     count = len(calls_of(plan))
 
     def calls(name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Attack:
-        return _edit(name, lambda plan: set_calls(plan, change(calls_of(plan))))
+        return edit_plan(name, lambda plan: set_calls(plan, change(calls_of(plan))))
 
     def in_one_region(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [call | {"region": 0} for call in calls]
@@ -120,26 +122,26 @@ def structure(forge: Forge) -> Attacks:
         for low, high in ((0, 0), (2, 1), (1, 1), (0, 1 << 48), (1 << 48, 1 << 48), (1, 3)):
             for variable in ("tokens", "rows", "sequences"):
                 guard = [[variable, low, high]]
-                yield _set(("entry_points", "forward", "instructions", index, "guard"), guard)
+                yield set_in_plan(("entry_points", "forward", "instructions", index, "guard"), guard)
     yield calls("every guard", lambda calls: [call | {"guard": [["tokens", 1, 1]] * 8} for call in calls])
     for index in range(len(plan["buffers"])):
         at = ("buffers", index)
         for size in (0, 1, 63, 64, "rows", ["*", "tokens", 4], ["min", "tokens", 1], ["*", "sequences", 1 << 24]):
-            yield _set((*at, "bytes"), size)
-        yield _set((*at, "per_thread"), True)
+            yield set_in_plan((*at, "bytes"), size)
+        yield set_in_plan((*at, "per_thread"), True)
         for dtype in ("f32", "bf16", "i8", "u8", "i32"):
-            yield _set((*at, "dtype"), dtype)
-        yield _edit(f"buffer {index} gone", lambda plan, at=at: remove(plan, at))
-    yield _edit("one slot for all", lambda plan: [buffer.update(slot=0) for buffer in plan["buffers"]])
-    yield _edit("all per thread", lambda plan: [buffer.update(per_thread=True) for buffer in plan["buffers"]])
-    yield _edit("no buffers", lambda plan: plan.update(buffers=[]))
+            yield set_in_plan((*at, "dtype"), dtype)
+        yield edit_plan(f"buffer {index} gone", lambda plan, at=at: remove(plan, at))
+    yield edit_plan("one slot for all", lambda plan: [buffer.update(slot=0) for buffer in plan["buffers"]])
+    yield edit_plan("all per thread", lambda plan: [buffer.update(per_thread=True) for buffer in plan["buffers"]])
+    yield edit_plan("no buffers", lambda plan: plan.update(buffers=[]))
     yield from _groups(plan)
     yield from _costly(plan)
 
 
 def _groups(plan: dict[str, Any]) -> Attacks:
     def groups(name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Attack:
-        return _edit(name, lambda plan: plan.update(state_groups=change(plan["state_groups"])))
+        return edit_plan(name, lambda plan: plan.update(state_groups=change(plan["state_groups"])))
 
     first = plan["state_groups"][0]
     yield groups("no groups", lambda groups: [])
@@ -154,18 +156,18 @@ def _groups(plan: dict[str, Any]) -> Attacks:
     for index, group in enumerate(plan["state_groups"]):
         at = ("state_groups", index)
         for window in (1, 2, 15, 16, 17, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 48):
-            yield _set(at, group | {"kind": "window", "window": window})
-        yield _set(at, group | {"kind": "full", "window": 0})
+            yield set_in_plan(at, group | {"kind": "window", "window": window})
+        yield set_in_plan(at, group | {"kind": "full", "window": 0})
         for factor in (2, 4):
             halves = {"block_size": group["block_size"] // factor, "block_bytes": group["block_bytes"] // factor}
-            yield _set(at, group | halves)
-            yield _set(at, group | {"layers": group["layers"] * factor})
-            yield _set(at, group | {"block_bytes": group["block_bytes"] // factor})
+            yield set_in_plan(at, group | halves)
+            yield set_in_plan(at, group | {"layers": group["layers"] * factor})
+            yield set_in_plan(at, group | {"block_bytes": group["block_bytes"] // factor})
         for dtype in ("f32", "bf16", "i8"):
-            yield _set((*at, "dtype"), dtype)
+            yield set_in_plan((*at, "dtype"), dtype)
         for block_size in (16, 24, 48, 1024):
-            yield _set((*at, "block_size"), block_size)
-        yield _set((*at, "name"), "other")
+            yield set_in_plan((*at, "block_size"), block_size)
+        yield set_in_plan((*at, "name"), "other")
 
 
 def _costly(plan: dict[str, Any]) -> Attacks:
@@ -189,12 +191,12 @@ def _costly(plan: dict[str, Any]) -> Attacks:
         }
         set_calls(plan, calls_of(plan) + [call] * 40000)
 
-    yield _edit("forty thousand wide norms", wide_work)
+    yield edit_plan("forty thousand wide norms", wide_work)
     calls = calls_of(plan)
-    yield _edit("ten thousand calls", lambda plan: set_calls(plan, [calls[0]] * 10000 + calls))
-    yield _set(("buffers", 0, "bytes"), 1 << 30)
-    yield _edit("every buffer of half a gigabyte", lambda plan: [b.update(bytes=1 << 29) for b in plan["buffers"]])
-    yield _edit(
+    yield edit_plan("ten thousand calls", lambda plan: set_calls(plan, [calls[0]] * 10000 + calls))
+    yield set_in_plan(("buffers", 0, "bytes"), 1 << 30)
+    yield edit_plan("every buffer of half a gigabyte", lambda plan: [b.update(bytes=1 << 29) for b in plan["buffers"]])
+    yield edit_plan(
         "threads' buffers of a gigabyte", lambda plan: plan["buffers"][0].update(bytes=1 << 29, per_thread=True)
     )
 
@@ -209,21 +211,21 @@ def _nested(depth: int, leaf: object) -> object:
 def encodings(forge: Forge) -> Attacks:
     """What is no plan, or hardly."""
     for at, _ in _interesting(forge.plan):
-        yield _edit(f"without {'.'.join(map(str, at))}", lambda plan, at=at: remove(plan, at))
+        yield edit_plan(f"without {'.'.join(map(str, at))}", lambda plan, at=at: remove(plan, at))
     chance = random.Random(2)
     for at, _ in chance.sample(_interesting(forge.plan), 80):
-        for value in (*_OTHERS, chance.choice(_FLOATS)):
-            yield _set(at, value)
+        for value in (*_OTHERS, chance.choice(FLOATS)):
+            yield set_in_plan(at, value)
     for depth in (15, 16, 17):
         for at in (("buffers", 0, "bytes"), ("entry_points", "forward", "instructions", 0, "operands")):
             nested = _nested(min(depth, 14), 1 << 48)
             for _ in range(depth - 14):
                 nested = ["+", nested, "tokens"]
             if at[-1] == "bytes":
-                yield _set(at, nested)
+                yield set_in_plan(at, nested)
             else:
                 for name in calls_of(forge.plan)[0]["operands"]:
-                    yield _set((*at, name, "extent"), nested)
+                    yield set_in_plan((*at, name, "extent"), nested)
     documents = {
         "nothing": b"",
         "nil": b"\xc0",

@@ -15,7 +15,7 @@ from enginery.engines.errors import EngineFormatError, EngineryError, TargetErro
 from enginery.engines.manifest import MANIFEST
 from enginery.runtime.cli import enginery as command
 
-from .batches import BATCHES
+from .batches import BATCHES, GPU_BATCHES
 from .forge import PLAN, WEIGHTS, Forge, calls_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,7 @@ PARTS = {
     "signed bytes": 12,
     "unsigned bytes": 3,
     "documents": 3,
+    "plan drawing": 40,
 }
 
 
@@ -93,6 +94,19 @@ def test_many_more_attacks(batch: str, engine: str, sound_engines: dict[str, Pat
     run_batch(sound_engines[engine], batch, ENGINES.index(engine) % parts, parts)
 
 
+@pytest.mark.parametrize("batch", GPU_BATCHES)
+def test_attacks_on_gpus(batch: str, sound_gpu_engine: Path) -> None:
+    outcomes = run_batch(sound_gpu_engine, batch, 0, PARTS[batch])
+    assert {"ok", "refused"} == {outcome.loaded for outcome in outcomes}
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1900)
+@pytest.mark.parametrize("batch", GPU_BATCHES)
+def test_many_more_attacks_on_gpus(batch: str, sound_gpu_engine: Path) -> None:
+    run_batch(sound_gpu_engine, batch, 1, PARTS[batch] // 4)
+
+
 @pytest.fixture
 def forge(sound_engines: dict[str, Path], tmp_path: Path) -> Forge:
     """A sound engine with windows, about to be damaged."""
@@ -121,6 +135,21 @@ def test_attention_cannot_see_behind_the_window_that_its_state_keeps(forge: Forg
 
     forge.edit_plan(see_everything)
     refused(forge, EngineFormatError, r"attribute window: its state keeps \d+ tokens, but all are to be seen")
+
+
+def test_what_a_cpu_cannot_launch_is_refused(forge: Forge) -> None:
+    draws = dict.fromkeys(("token", "logprob", "rank", "top_tokens", "top_logprobs"), forge.plan["buffers"][0]["name"])
+    kernel = {"name": "k", "file": "k", "symbol": "k", "role": "sample", "arch": 90, "num_warps": 1, "shared_bytes": 0}
+    kernel |= {"registers": 1, "spill_bytes": 0, "instruction": "", "parameters": [], "hidden": 0, "pdl": False}
+    launch = {"kind": "launch", "kernel": "k", "region": 1 << 20, "guard": [], "grid": [1, 1, 1], "arguments": {}}
+    sample = {"outputs": {"draws": draws | {"top": 1, "edit_slots": 1}}, "instructions": [launch]}
+
+    def draw(plan: dict[str, object]) -> None:
+        plan["kernels"] = [kernel]
+        plan["entry_points"]["sample"] = sample  # type: ignore[index]
+
+    forge.edit_plan(draw)
+    refused(forge, EngineFormatError, "launches k, which cpu-avx2 cannot")
 
 
 def test_operands_outside_of_their_buffers_are_refused(forge: Forge) -> None:

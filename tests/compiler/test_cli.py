@@ -50,12 +50,12 @@ def test_every_option_reaches_the_engine(checkpoint: Path, tmp_path: Path, monke
 
     monkeypatch.setattr("enginery.compiler.build.prepare", spy)
     options = "--target cpu-avx512 --precision bf16 --kv-cache-dtype int8 --max-model-len 100 --tensor-parallel-size 2"
-    result = run(checkpoint, "-o", tmp_path / "engine", *options.split(), "--threads", 3)
+    result = run(checkpoint, "-o", tmp_path / "engine", *options.split(), "--threads", 3, "--batch-invariant")
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "engine")
     assert (manifest.target, manifest.precision, manifest.kv_cache_dtype) == ("cpu-avx512", "bf16", "int8")
     assert (manifest.default_max_model_len, manifest.tensor_parallel_size) == (100, 2)
-    assert requests[0].num_threads == 3
+    assert (requests[0].num_threads, requests[0].batch_invariant) == (3, True)
     assert f"{tmp_path / 'engine'}: llama bf16 for cpu-avx512, " in result.output
 
 

@@ -48,19 +48,20 @@ def stage_errors(case: str, directory: Path) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_stage_gives_the_logits_of_transformers(case: str, tmp_path: Path) -> None:
     errors = stage_errors(case, tmp_path)
-    assert len(errors) == 10
+    assert len(errors) == 11
     assert max(errors.values()) < 2e-5, errors
 
 
+@pytest.mark.parametrize("target", ["cpu-avx2", "cuda-sm90"])
 @pytest.mark.parametrize("case", ["llama-biases", "llama-tied-llama3", "qwen2", "qwen3", "phi3", "gemma3_text-softcap"])
-def test_two_ranks_give_the_logits_of_one(case: str, tmp_path: Path) -> None:
+def test_two_ranks_give_the_logits_of_one(case: str, target: str, tmp_path: Path) -> None:
     wanted = logits(make_checkpoint(case, tmp_path), PROMPT)
     config = read_config(tmp_path)
     with open_checkpoint(tmp_path) as checkpoint:
         graphs = []
         for rank in range(2):
             g = build_graph(config, checkpoint)
-            run_passes(g, Options(FP32.target, FP32.precision, "f32", rank, 2))
+            run_passes(g, Options(TARGETS[target], FP32.precision, "f32", rank, 2))
             graphs.append(g.graph)
         outputs = evaluate_ranks(graphs, [whole_prompt_inputs(graph, PROMPT) for graph in graphs])
     assert [relative_error(output["logits"], wanted) < 2e-5 for output in outputs] == [True, True]

@@ -34,7 +34,9 @@ FILES = {
     "config.json": FileEntry("config", "json", 2, SHA),
     "tokenizer.json": FileEntry("tokenizer", "json", 2, SHA),
 }
-ENGINE = Manifest(Model("llama", "m", "", 99, 512, 1000), "cpu-avx2", "int8", "bf16", 256, 1, {"weights": 5}, FILES)
+ENGINE = Manifest(
+    Model("llama", "m", "", 99, 512, 1000), "cpu-avx2", "int8", "bf16", 256, 1, {"weights": 5}, FILES, True
+)
 
 
 def write(directory: Path, change: Any = lambda document: None) -> Path:
@@ -58,6 +60,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         (lambda d: d["versions"].update(moons=0), "moons"),
         (lambda d: d.update(format="tarball"), "enginery-engine"),
         (lambda d: d.update(extra=1), "extra"),
+        (lambda d: d.update(batch_invariant=1), "batch_invariant: wanted true or false"),
+        (lambda d: d.pop("batch_invariant"), "'batch_invariant' is missing"),
         (lambda d: d.pop("target"), "'target' is missing"),
         (lambda d: d["files"].update({"../evil": d["files"]["config.json"]}), "plain file name"),
         (lambda d: d["files"].update({"a/b": d["files"]["config.json"]}), "plain file name"),

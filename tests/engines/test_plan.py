@@ -9,10 +9,11 @@ from typing import Any
 import msgpack
 import pytest
 from enginery.engines.errors import EngineFormatError
-from enginery.engines.expressions import check_expression, evaluate
+from enginery.engines.expressions import VARIABLES, check_expression, evaluate
 from enginery.engines.plan import (
     Buffer,
     Call,
+    Draws,
     KernelImage,
     Launch,
     Logits,
@@ -120,8 +121,67 @@ def test_launches_are_read_as_written() -> None:
         check_bounds(replace(with_launch(), forward=(reaching,)), LIMITS, WEIGHTS, "plan")
 
 
+def with_draws(**changes: Any) -> Plan:
+    """The plan, and a kernel that draws tokens into buffers of their own. changes: of Draws."""
+    plan = with_launch()
+    names = ("token", "logprob", "rank", "top_tokens", "top_logprobs")
+    sizes = {name: ["*", "rows", 4 if index < 3 else 80] for index, name in enumerate(names)}
+    buffers = tuple(Buffer(name, "i32", size, 9 + i, kept=i == 0) for i, (name, size) in enumerate(sizes.items()))
+    arguments = {"token": Operand("buffer", "token", 0, ["*", "rows", 4], "w"), "count": Value("i32", "listed")}
+    guard = (Range("drawn", 0, 0), Range("edited", 1, 1 << 40))
+    launch = Launch("k", 2, (["max", "edits", "ranked"], 1, 1), arguments, guard)
+    draws = replace(Draws(*names, 20, 64), **changes)
+    return replace(plan, buffers=(*plan.buffers, *buffers), sample=(launch,), draws=draws)
+
+
+def test_what_draws_is_read_as_written() -> None:
+    assert decode_plan(encode_plan(with_draws()), "plan") == with_draws()
+    limits = LIMITS | dict.fromkeys(("drawn", "edited", "ranked", "listed"), 2) | {"edits": 9}
+    check_bounds(with_draws(), limits, WEIGHTS, "plan")
+    assert [launch.region for launch in with_draws().instructions] == [3, 1, 2]
+    reaching = replace(with_draws().sample[0], arguments={"token": Operand("buffer", "token", 4, ["*", "rows", 4])})
+    with pytest.raises(EngineFormatError, match=r"instruction 2 \(k\), operand token: reaches byte 12"):
+        check_bounds(replace(with_draws(), sample=(reaching,)), limits, WEIGHTS, "plan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "buffer"),
+    [
+        *(({name: "nothing"}, "nothing") for name in ("token", "logprob", "rank", "top_tokens", "top_logprobs")),
+        ({"top": 21}, "top_tokens"),
+        ({"top_logprobs": "rank"}, "rank"),
+    ],
+)
+def test_what_is_drawn_must_fit_its_buffers(changes: dict[str, Any], buffer: str) -> None:
+    limits = LIMITS | dict.fromkeys(("drawn", "edited", "ranked", "listed", "edits"), 2)
+    with pytest.raises(EngineFormatError, match=f"what is drawn does not fit the buffer '{buffer}'"):
+        check_bounds(with_draws(**changes), limits, WEIGHTS, "plan")
+
+
+def test_what_peers_read_is_a_buffer() -> None:
+    launch = with_launch().forward[1]
+    assert isinstance(launch, Launch)
+
+    def peers(name: str, offset: int) -> Plan:
+        table = Operand("peers", name, offset, ["*", "tokens", 256], "r")
+        return replace(with_launch(), forward=(replace(launch, arguments=launch.arguments | {"x": table}),))
+
+    assert decode_plan(encode_plan(peers("x", 0)), "plan") == peers("x", 0)
+    check_bounds(peers("x", 1024), LIMITS, WEIGHTS, "plan")
+    with pytest.raises(EngineFormatError, match=r"operand x: reaches byte 2049 of peers 'x', which has 2048"):
+        check_bounds(peers("x", 1025), LIMITS, WEIGHTS, "plan")
+    with pytest.raises(EngineFormatError, match=r"peers 'w' does not exist"):
+        check_bounds(peers("w", 0), LIMITS, WEIGHTS, "plan")
+
+
+def test_calls_have_no_peers() -> None:
+    plan = make_plan(x=Operand("peers", "x", 0, 1, "r"))
+    with pytest.raises(EngineFormatError, match=r"operands.x.kind.*'peers'"):
+        decode_plan(encode_plan(plan), "plan")
+
+
 def _document() -> dict[str, Any]:
-    document: dict[str, Any] = msgpack.unpackb(encode_plan(with_launch()))
+    document: dict[str, Any] = msgpack.unpackb(encode_plan(with_draws()))
     return document
 
 
@@ -136,6 +196,8 @@ def _set(path: list[Any], value: Any) -> dict[str, Any]:
 
 _CALL = ["entry_points", "forward", "instructions", 0]
 _LAUNCH = ["entry_points", "forward", "instructions", 1]
+_SAMPLE = ["entry_points", "sample"]
+_DRAWS = [*_SAMPLE, "outputs", "draws"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +238,19 @@ _LAUNCH = ["entry_points", "forward", "instructions", 1]
         ([*_CALL, "operands", "x", "offset"], -1, "from 0"),
         ([*_CALL, "attributes", "n"], [1], "number, text or boolean"),
         (["entry_points", "draft"], {}, "draft"),
+        (_SAMPLE, {}, "outputs"),
+        ([*_SAMPLE, "guard"], [], "unknown field 'guard'"),
+        ([*_SAMPLE, "outputs", "logits"], {}, "unknown field 'logits'"),
+        ([*_SAMPLE, "instructions", 0, "kind"], "call", "wanted one of launch"),
+        ([*_SAMPLE, "instructions", 0, "kernel"], "nobody", "instruction 2: kernel 'nobody'"),
+        ([*_SAMPLE, "instructions", 0, "guard"], [["dreamed", 0, 1]], "low, high"),
+        ([*_DRAWS, "token"], 3, "token"),
+        ([*_DRAWS, "top"], 0, "from 1 to 1024"),
+        ([*_DRAWS, "top"], 1 << 20, "from 1 to 1024"),
+        ([*_DRAWS, "edit_slots"], 0, "from 1 to 65536"),
+        ([*_DRAWS, "edit_slots"], 1 << 40, "from 1 to 65536"),
+        ([*_DRAWS, "bottom"], 1, "unknown field 'bottom'"),
+        (["buffers", 3, "kept"], 1, "kept"),
         (["entry_points"], 3, "a map"),
     ],
 )
@@ -192,12 +267,12 @@ def test_noise_is_refused(data: bytes) -> None:
 
 @given(st.data())
 def test_truncated_and_flipped_plans_are_read_or_refused(data: st.DataObject) -> None:
-    whole = bytearray(encode_plan(make_plan()))
+    whole = bytearray(encode_plan(with_draws()))
     position = data.draw(st.integers(0, len(whole) - 1))
     whole[position] = data.draw(st.integers(0, 255))
     end = data.draw(st.integers(0, len(whole)))
     with contextlib.suppress(EngineFormatError):
-        check_bounds(decode_plan(bytes(whole[:end]), "plan"), LIMITS, WEIGHTS, "plan")
+        check_bounds(decode_plan(bytes(whole[:end]), "plan"), dict.fromkeys(VARIABLES, 2), WEIGHTS, "plan")
 
 
 _leaf = st.one_of(st.integers(0, 100), st.sampled_from(["tokens", "rows", "sequences"]))

@@ -15,6 +15,8 @@ static_assert(CUDA_SUCCESS == mine::kSuccess);
 static_assert(CUDA_ERROR_INVALID_VALUE == mine::kErrorInvalidValue);
 static_assert(CUDA_ERROR_OUT_OF_MEMORY == mine::kErrorOutOfMemory);
 static_assert(CUDA_ERROR_NO_DEVICE == mine::kErrorNoDevice);
+static_assert(CUDA_ERROR_NOT_READY == mine::kErrorNotReady);
+static_assert(CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED == mine::kErrorPeerAccessAlreadyEnabled);
 static_assert(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == mine::kAttributeMajor);
 static_assert(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == mine::kAttributeMinor);
 static_assert(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN == mine::kAttributeSharedBytes);

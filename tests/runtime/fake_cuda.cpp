@@ -1,11 +1,14 @@
 // A driver without a GPU: what libcuda.so.1 exports, on the host's memory. It runs no kernel; it writes down, one line
 // each in the file $FAKE_CUDA_LOG, what enginery asks of it, and refuses what a driver would refuse.
 //
-// $FAKE_CUDA_ARCH, _VERSION, _COUNT, _MEMORY and _INIT change what it says of itself.
+// $FAKE_CUDA_ARCH, _VERSION, _COUNT, _MEMORY (of each GPU), _PEERS, _LATE and _INIT change what it says of itself.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -42,23 +45,32 @@ void log(const std::string& line) {
     std::fflush(file);
 }
 
+struct Memory {
+    size_t bytes = 0;
+    size_t context = 0;
+};
+
 bool is_initialized = false;
-thread_local bool is_current = false;
-bool is_capturing = false;
-std::map<DevicePointer, size_t> memory;
-size_t used_bytes = 0;
-std::vector<std::string> captured;
+std::mutex mutex;                 // of all but what a thread has for itself
+thread_local size_t current = 0;  // context: a GPU's number and 1; or none
+std::map<DevicePointer, Memory> memory;
+std::map<size_t, size_t> used_bytes;  // by context
+std::set<std::pair<size_t, size_t>> peers;
+// Captures are of a thread, as enginery begins them.
+thread_local bool is_capturing = false;
+thread_local std::vector<std::string> captured;
 
 bool holds(DevicePointer address, size_t bytes) {
     auto next = memory.upper_bound(address);
     if (next == memory.begin()) return false;
     --next;
-    return address + bytes <= next->first + next->second;
+    return address + bytes <= next->first + next->second.bytes;
 }
 
 #define REQUIRE_CURRENT                          \
+    const std::lock_guard lock(mutex);           \
     if (!is_initialized) return kNotInitialized; \
-    if (!is_current) return kInvalidContext
+    if (current == 0) return kInvalidContext
 // What synchronizes or allocates breaks a capture.
 #define REQUIRE_NO_CAPTURE \
     if (is_capturing) return kCaptureInvalidated
@@ -102,39 +114,54 @@ EXPORT cuDeviceGetAttribute(int* value, int attribute, Device) {
     if (attribute == kAttributeSharedBytes) *value = arch == 86 || arch == 89 ? 99 << 10 : 227 << 10;
     return kSuccess;
 }
-EXPORT cuDevicePrimaryCtxRetain(Context* context, Device) {
-    *context = reinterpret_cast<Context>(1);
+EXPORT cuDevicePrimaryCtxRetain(Context* context, Device device) {
+    *context = reinterpret_cast<Context>(static_cast<size_t>(device) + 1);
     return kSuccess;
 }
 EXPORT cuCtxSetCurrent(Context context) {
-    is_current = context != nullptr;
+    current = reinterpret_cast<size_t>(context);
+    return kSuccess;
+}
+EXPORT cuDeviceCanAccessPeer(int* can, Device device, Device peer) {
+    *can = device != peer && setting("FAKE_CUDA_PEERS", 1) != 0 ? 1 : 0;
+    return kSuccess;
+}
+EXPORT cuCtxEnablePeerAccess(Context peer, unsigned flags) {
+    REQUIRE_CURRENT;
+    const auto other = reinterpret_cast<size_t>(peer);
+    if (flags != 0 || other == current) return kErrorInvalidValue;
+    if (setting("FAKE_CUDA_PEERS", 1) == 2) return kErrorInvalidValue;
+    if (!peers.emplace(current, other).second) return kErrorPeerAccessAlreadyEnabled;
+    log("peer " + std::to_string(current - 1) + " reaches " + std::to_string(other - 1));
     return kSuccess;
 }
 EXPORT cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
     REQUIRE_CURRENT;
     *total_bytes = static_cast<size_t>(setting("FAKE_CUDA_MEMORY", 4L << 30));
-    *free_bytes = *total_bytes - used_bytes;
+    *free_bytes = *total_bytes - used_bytes[current];
     return kSuccess;
 }
 EXPORT cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
     REQUIRE_CURRENT;
     REQUIRE_NO_CAPTURE;
-    if (used_bytes + bytes > static_cast<size_t>(setting("FAKE_CUDA_MEMORY", 4L << 30))) return kErrorOutOfMemory;
+    if (used_bytes[current] + bytes > static_cast<size_t>(setting("FAKE_CUDA_MEMORY", 4L << 30)))
+        return kErrorOutOfMemory;
     void* block = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
     std::memset(block, 0x7f, std::min<size_t>(bytes, 1 << 20));
     *pointer = reinterpret_cast<DevicePointer>(block);
-    memory[*pointer] = bytes;
-    used_bytes += bytes;
+    memory[*pointer] = {bytes, current};
+    used_bytes[current] += bytes;
     return kSuccess;
 }
 EXPORT cuMemFree_v2(DevicePointer pointer) {
     REQUIRE_CURRENT;
     const auto found = memory.find(pointer);
     if (found == memory.end()) return kErrorInvalidValue;
-    used_bytes -= found->second;
+    const auto [bytes, context] = found->second;
+    used_bytes[context] -= bytes;
     memory.erase(found);
     std::free(reinterpret_cast<void*>(pointer));
-    log("free " + std::to_string(used_bytes));
+    log("free " + std::to_string(used_bytes[context]));
     return kSuccess;
 }
 EXPORT cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
@@ -167,7 +194,8 @@ EXPORT cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, Stre
     REQUIRE_CURRENT;
     REQUIRE_NO_CAPTURE;
     if (!holds(to, bytes)) return kErrorInvalidValue;
-    std::memset(reinterpret_cast<void*>(to), value, bytes);
+    // What lies behind is zero as the system gave it; to touch gigabytes of it would take seconds.
+    std::memset(reinterpret_cast<void*>(to), value, value == 0 ? std::min<size_t>(bytes, 4 << 20) : bytes);
     return kSuccess;
 }
 EXPORT cuModuleLoadData(Module* module, const void* image) {
@@ -262,6 +290,29 @@ EXPORT cuStreamSynchronize(Stream) {
     REQUIRE_CURRENT;
     REQUIRE_NO_CAPTURE;
     return static_cast<Result>(setting("FAKE_CUDA_SYNCHRONIZE", 0));
+}
+EXPORT cuEventCreate(Event* event, unsigned flags) {
+    REQUIRE_CURRENT;
+    if (flags != kEventDisableTiming) return kErrorInvalidValue;
+    *event = reinterpret_cast<Event>(1);
+    return kSuccess;
+}
+EXPORT cuEventDestroy_v2(Event) { return kSuccess; }
+EXPORT cuEventRecord(Event event, Stream) {
+    REQUIRE_CURRENT;
+    REQUIRE_NO_CAPTURE;
+    return event == nullptr ? kErrorInvalidValue : kSuccess;
+}
+// A GPU fails that is not late.
+bool is_late() { return current - 1 == static_cast<size_t>(setting("FAKE_CUDA_LATE", -1)); }
+EXPORT cuEventQuery(Event) {
+    REQUIRE_CURRENT;
+    return is_late() ? kErrorNotReady : kSuccess;
+}
+EXPORT cuEventSynchronize(Event) {
+    REQUIRE_CURRENT;
+    REQUIRE_NO_CAPTURE;
+    return is_late() ? kSuccess : static_cast<Result>(setting("FAKE_CUDA_SYNCHRONIZE", 0));
 }
 EXPORT cuStreamBeginCapture_v2(Stream, int mode) {
     if (mode != kCaptureThreadLocal) return kErrorInvalidValue;

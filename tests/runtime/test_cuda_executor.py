@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from enginery.engines.expressions import VARIABLES, evaluate
 from enginery.engines.fields import LARGEST
 from enginery.engines.targets import TARGETS
 from enginery.runtime import _core
-from enginery.runtime._core import Core, Output
+from enginery.runtime._core import Core
 from enginery.runtime.config import EngineConfig
 from enginery.runtime.files import open_engine
 from enginery.runtime.loader import CoreSettings, read_ranks
@@ -25,6 +24,7 @@ from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 
 from .cuda_engines import build_shell, make_step
+from .serving import check_same, random_requests, serve
 
 # Case of tests/tiny.py, target, precision, type of the KV cache.
 ENGINES = {
@@ -35,6 +35,8 @@ ENGINES = {
     "two groups fp8": ("gemma3_text-softcap", "l4", "fp8", "bf16"),
     "a window": ("mistral-window", "h100", "int8", "bf16"),
     "a table for long prompts": ("phi3-longrope", "rtx5090", "fp8", "auto"),
+    "batch-invariant": ("gemma3_text-softcap", "h100", "fp8", "fp8"),
+    "batch-invariant, biases": ("llama-biases", "a100", "int8", "bf16"),
 }
 
 
@@ -42,7 +44,8 @@ ENGINES = {
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     case, target, precision, cache = ENGINES[request.param]
     directory = tmp_path_factory.mktemp("engine")
-    return build_shell(case, directory, target, precision=precision, kv_cache_dtype=cache)
+    invariant = request.param.startswith("batch-invariant")
+    return build_shell(case, directory, target, precision=precision, kv_cache_dtype=cache, batch_invariant=invariant)
 
 
 @pytest.fixture(scope="module")
@@ -57,53 +60,14 @@ def settings(engine: Path, **knobs: Any) -> CoreSettings:
     return prepare_core(files, read_ranks(files), TARGETS[files.manifest.target], EngineConfig(**knobs))
 
 
-def random_request(source: random.Random, prefixes: list[list[int]]) -> dict[str, Any]:
-    prompt = source.choice(prefixes)[: source.randint(0, 150)]
-    prompt = prompt + [source.randrange(3, 250) for _ in range(source.choice([1, 2, 5, 40]))]
-    request: dict[str, Any] = {"prompt_token_ids": prompt, "max_tokens": source.choice([1, 4, 30]), "seed": 1}
-    if source.random() < 0.15:
-        request["prompt_logprobs"] = 1
-    return request
-
-
-def serve(spec: dict[str, Any], config: dict[str, Any], executor: str, num_requests: int) -> list[list[int]]:
-    """Tokens of random requests that come and go, and some that are aborted; a failed step is an error."""
-    source = random.Random(7)
-    prefixes = [[source.randrange(3, 250) for _ in range(150)] for _ in range(3)]
-    core = Core(spec, {**config, "manual_steps": True, "max_num_seqs": 13}, executor)
-    tokens: dict[int, list[int]] = {}
-    left, running = num_requests, 0
-
-    def take(outputs: list[Output]) -> int:
-        ended = 0
-        for output in outputs:
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            assert output.finish_reason != "error", output.error
-            ended += output.finish_reason is not None
-        return ended
-
-    while left or running:
-        for _ in range(min(left, source.choice([0, 0, 0, 1, 1, 3, 9]))):
-            request_id = core.submit(random_request(source, prefixes))
-            if source.random() < 0.05:
-                core.abort(request_id)
-            left, running = left - 1, running + 1
-        core.step()
-        running -= take(core.wait(0))
-    stats = core.stats()
-    assert stats["internal_error"] is None
-    assert all(group["used_blocks"] == 0 for group in stats["groups"])
-    core.close()
-    return [tokens[request_id] for request_id in sorted(tokens)]
-
-
 def test_thousands_of_steps_are_the_steps_of_the_loop(engine: Path) -> None:
     """The null device checks all launches, and has the null executor compute from the inputs that lie on it."""
     made = settings(engine)
     assert made.executor == "cuda-null"
-    wanted = serve(made.spec, made.config, "null", 300)
-    assert serve(made.spec, made.config, "cuda-null", 300) == wanted
-    assert sum(map(len, wanted)) > 2000
+    config, requests = {**made.config, "max_num_seqs": 13}, random_requests(300)
+    wanted = serve(made.spec, config, "null", requests)
+    check_same(serve(made.spec, config, "cuda-null", requests), wanted)
+    assert wanted.num_tokens > 2000
 
 
 @pytest.mark.parametrize("knobs", [{"max_num_seqs": 1}, {"max_num_seqs": 13, "max_num_batched_tokens": 13}])
@@ -217,9 +181,9 @@ def other_buffer(spec: Spec) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Spec], None], str]] = {
-    "an argument too few": (take_argument, r"launch of embedding_\S+ in region 1: 2 arguments are given; it takes 3"),
+    "an argument too few": (take_argument, r"launch of embedding_\S+ in region 1: 3 arguments are given; it takes 4"),
     "another kind": (
-        change_kernel("embedding_", parameters=["pointer", "pointer", "i32"]),
+        change_kernel("embedding_", parameters=["pointer", "pointer", "pointer", "i32"]),
         "argument out: is a pointer; the kernel takes an i32",
     ),
     "no order": (one_region, "has no order to the one before it: region 3 comes after region 3"),
@@ -263,6 +227,11 @@ def test_the_null_device_notices(llama: Path, damage: str) -> None:
         _core.run_forward(spec, STEPS, "cuda-null")
 
 
+def put_into_nothing(spec: Spec, name: str) -> None:
+    rank = spec["ranks"][0]
+    rank["draws"][name] = len(rank["buffers"])
+
+
 REFUSED: dict[str, tuple[Callable[[Spec], None], str]] = {
     "shared memory": (change_kernel("linear_", shared_bytes=1 << 20), "of shared memory; sm90 has 232448"),
     "machine code cut off": (change_kernel("linear_", cubin=b"\x7fELF" + bytes(30)), "is no whole ELF file for a GPU"),
@@ -282,6 +251,13 @@ REFUSED: dict[str, tuple[Callable[[Spec], None], str]] = {
     ),
     "a crooked weight": (lambda spec: spec["ranks"][0]["weights"][0].update(offset=4100), "not on 64 bytes"),
     "logits that do not fit": (lambda spec: spec.update(max_rows=10_000), "The logits of 10000 rows do not fit"),
+    **{
+        f"{name} that do not fit": (lambda spec, name=name: put_into_nothing(spec, name), "What is drawn for 13 rows")
+        for name in ("token", "logprob", "rank", "top_tokens", "top_logprobs")
+    },
+    "nothing listed": (lambda spec: spec["ranks"][0]["draws"].update(top=0), "What is drawn for 13 rows does not fit"),
+    "too much listed": (lambda spec: spec["ranks"][0]["draws"].update(top=21), "What is drawn for 13 rows does not"),
+    "no slots": (lambda spec: spec["ranks"][0]["draws"].update(edit_slots=0), "What is drawn for 13 rows does not fit"),
     "a buffer beyond the arena": (
         lambda spec: spec["ranks"][0]["buffers"][0].update(offset=1 << 40),
         "lies outside of the arena",
@@ -327,6 +303,7 @@ def test_expressions_are_those_of_the_compiler(llama: Path, expression: Any) -> 
     spec = copy.deepcopy(settings(llama).spec)
     change_grid(0, ["+", expression, 1 << 31])(spec)
     variables = {"tokens": 75, "rows": 2, "sequences": 2, "decodes": 0, "tiles": 2}
+    variables |= dict.fromkeys(("drawn", "edited", "ranked", "listed", "edits"), 0)
     variables["max_blocks"] = spec["cuda"]["max_blocks"]
     with pytest.raises(EngineryError) as caught:
         _core.run_forward(spec, STEPS[:1], "cuda-null")

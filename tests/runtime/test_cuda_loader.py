@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enginery.engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError
+from enginery.engines.defaults import step_limits
+from enginery.engines.errors import CapacityError, EngineFormatError, EngineryError
 from enginery.engines.plan import Call, Launch, Operand, Plan, Range, Value
 from enginery.engines.targets import TARGETS
-from enginery.runtime._core import Core
 from enginery.runtime.config import EngineConfig
-from enginery.runtime.cuda_loader import Gpu, check_launches, null_gpu
+from enginery.runtime.cuda_loader import check_launches
 from enginery.runtime.engine import load_engine
 from enginery.runtime.files import open_engine
+from enginery.runtime.gpus import Gpu, null_gpus
 from enginery.runtime.loader import CoreSettings, Rank, read_ranks
 from enginery.runtime.prepare import prepare_core
 from enginery.runtime.verify import verify_engine
@@ -25,7 +26,7 @@ from enginery.runtime.verify import verify_engine
 from .cuda_engines import build_shell
 
 TARGET = TARGETS["cuda-sm90"]
-LIMITS = {"tokens": 8192, "rows": 256, "sequences": 256, "decodes": 256, "tiles": 8192, "max_blocks": 4}
+LIMITS = step_limits(8192, 256, 4)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def rank(engine: Path) -> Rank:
 
 def settings(engine: Path, gpu: Gpu | None = None, **knobs: Any) -> CoreSettings:
     files = open_engine(engine)
-    return prepare_core(files, read_ranks(files), TARGET, EngineConfig(**knobs), gpu)
+    ranks = read_ranks(files)
+    return prepare_core(files, ranks, TARGET, EngineConfig(**knobs), [gpu] * len(ranks) if gpu is not None else None)
 
 
 def test_defaults_are_those_of_a_gpu(engine: Path) -> None:
@@ -133,6 +135,14 @@ UNSOUND: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "axis 1 of the grid is 65536, wanted 1 to 65535",
     ),
     "a weight written": (with_argument("table", access="w"), "argument table writes weight 'model.embed"),
+    "peers written": (
+        with_argument("out", kind="peers"),
+        "argument out writes other ranks' buffer 'embed_tokens', which they may be using",
+    ),
+    "what peers read is shared": (
+        lambda plan: with_buffers(slot=0)(with_argument("out", kind="peers", access="r")(plan)),
+        "buffer 'embed_tokens' lives from step to step, but shares memory",
+    ),
     "an input written": (with_argument("token_ids", access="rw"), "argument token_ids writes input 'token_ids'"),
     "a crooked address": (with_argument("out", offset=8), "argument out is not on 16 bytes"),
     "a huge count": (with_value(Value("i32", ["*", "tokens", 1 << 20])), "argument count may exceed an i32"),
@@ -140,7 +150,19 @@ UNSOUND: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "another GPU's kernels": (with_kernels(arch=100), "is for compute capability 100"),
     "a kernel too early": (with_kernels(arch=80, pdl=True), "is launched before its predecessor ends"),
     "greedy kernels": (with_kernels(shared_bytes=1 << 20), "wants 1048576 bytes of shared memory of 232448"),
-    "counters that are shared": (with_buffers(slot=0, zeroed=True), "must stay zero, but shares memory"),
+    "counters that are shared": (with_buffers(slot=0, zeroed=True), "lives from step to step, but shares memory"),
+    "what is kept is shared": (
+        with_buffers(slot=0, kept=True, zeroed=False),
+        "lives from step to step, but shares memory",
+    ),
+    "a call that draws": (
+        lambda plan: replace(plan, sample=(*plan.sample, Call("copy", 0, 1 << 20, {}, {}))),
+        "calls copy, which cuda-sm90 has not",
+    ),
+    "draws without order": (
+        lambda plan: replace(plan, sample=plan.sample[::-1]),
+        r"\(sample_scan_\w+\): region \d+ comes after \d+: they have no order",
+    ),
     "buffers of threads": (with_buffers(per_thread=True), "is of threads, which a GPU has not"),
     "huge buffers": (with_buffers(bytes=["*", "tokens", 1 << 30]), "activations take more than"),
     "a crooked layer": (
@@ -179,18 +201,9 @@ def test_a_kernel_whose_file_is_not_there(engine: Path, tmp_path: Path) -> None:
         settings(copied)
 
 
-def test_several_ranks_are_refused(engine: Path) -> None:
-    made = settings(engine)
-    with pytest.raises(TargetError, match="built for 2 GPUs"):
-        Core({**made.spec, "ranks": made.spec["ranks"] * 2}, made.config, "cuda-null")
-    files = open_engine(engine)
-    with pytest.raises(TargetError, match=r"built for 2 GPUs; .* --tensor-parallel-size 1"):
-        prepare_core(files, read_ranks(files) * 2, TARGET, EngineConfig())
-
-
 def test_the_null_device_serves_and_verifies(engine: Path, tmp_path: Path) -> None:
     config = EngineConfig(kv_cache_memory_bytes=1 << 20)
-    with load_engine(engine, config, null_gpu(TARGET)) as loaded:
+    with load_engine(engine, config, null_gpus(TARGET)) as loaded:
         assert len(loaded.generate([[5, 6, 7]])[0].outputs[0].token_ids) > 0
     assert all(result.passed for result in verify_engine(engine))
     copied = Path(shutil.copytree(engine, tmp_path / "engine"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from enginery.compiler.build import BuildRequest, build, prepare
 from enginery.engines.defaults import (
     MAX_NUM_BATCHED_TOKENS,
@@ -20,6 +21,7 @@ from enginery.engines.defaults import (
 from enginery.engines.manifest import encode_manifest, hash_file, read_manifest
 from enginery.engines.plan import plan_arena
 from enginery.engines.targets import host_features
+from enginery.runtime.cli import enginery
 from enginery.runtime.files import open_engine
 from enginery.runtime.inspect import describe_engine, inspect_engine
 from enginery.runtime.loader import read_ranks
@@ -79,7 +81,7 @@ def test_a_revision_is_told(facts: dict[str, Any]) -> None:
 
 def test_kernels_are_counted_by_variant(facts: dict[str, Any], two_ranks: Path) -> None:
     counts = {(kernel["operator"], kernel["variant"]): kernel["calls"] for kernel in facts["kernels"]}
-    calls = sum(len(rank.plan.forward) for rank in read_ranks(open_engine(two_ranks)))
+    calls = sum(len(rank.plan.instructions) for rank in read_ranks(open_engine(two_ranks)))
     assert sum(counts.values()) == calls
     assert counts["attention", "out f32, full bf16"] == 2
     assert counts["attention", "out f32, window bf16"] == 4
@@ -95,14 +97,15 @@ def results(engine: Path) -> dict[str, CheckResult]:
 
 def test_a_sound_engine_passes_every_check(two_ranks: Path) -> None:
     found = results(two_ranks)
-    names = ["manifest", "files", "hashes", "tokenizer", "model", "plans", "bounds", "kernels", "weights"]
+    names = ["manifest", "files", "hashes", "tokenizer", "model", "template", "plans", "bounds", "kernels", "weights"]
     assert list(found) == names
     assert all(result.passed for result in found.values())
     details = {name: result.detail for name, result in found.items()}
     assert details["manifest"] == "qwen2 int8 for cpu-avx2"
     assert details["plans"].startswith("2 ranks, ")
     assert details["weights"] == "2 chunks as they were built"
-    assert "end tokens 2; a chat template that compiles" in details["model"]
+    assert "end tokens 2" in details["model"]
+    assert details["template"] == "compiles"
 
 
 def sign(engine: Path, name: str, content: bytes) -> None:
@@ -132,7 +135,15 @@ def test_each_check_finds_its_damage(engine: Path, two_ranks: Path) -> None:
     restore()
     settings = json.loads(files["tokenizer_config.json"]) | {"chat_template": "{% if %}"}
     sign(engine, "tokenizer_config.json", json.dumps(settings).encode())
-    assert failed(engine) == ["model"]
+    assert failed(engine) == ["template"]
+    detail = results(engine)["template"].detail
+    assert "chat template cannot be used: Expected an expression, got 'end of statement block'" in detail
+    assert "It is the checkpoint's own" in detail
+    result = CliRunner().invoke(enginery, ["verify", str(engine)])
+    assert result.exit_code == 2
+    assert result.stderr.endswith("not sound. Mend the checkpoint.\n")
+    (engine / "tokenizer.json").write_bytes(b"{}")
+    assert CliRunner().invoke(enginery, ["verify", str(engine)]).stderr.endswith("or build it again.\n")
     restore()
     sign(engine, "plan.rank1.msgpack", b"\x80")
     assert failed(engine) == ["plans"]

@@ -28,7 +28,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineFiles:
     (tmp_path / "config.json").write_bytes(b"{}")
     entries["config.json"] = replace(hash_file(tmp_path / "config.json", "config", "json"), sha256="0" * 64)
     model = Model("llama", "m", "", 99, 512, 1000)
-    return EngineFiles(tmp_path, Manifest(model, "cpu-avx2", "int8", "bf16", 256, 2, {}, entries))
+    return EngineFiles(tmp_path, Manifest(model, "cpu-avx2", "int8", "bf16", 256, 2, {}, entries, True))
 
 
 def flip(path: Path, position: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from enginery.compiler.lower.memory import assign_slots
 from enginery.engines.expressions import Expression
-from enginery.engines.plan import Buffer, Call, Operand
+from enginery.engines.plan import Buffer, Call, Launch, Operand
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,9 +33,19 @@ def test_those_that_meet_in_a_region_do_not() -> None:
     assert slots({"a": (0, 9), "b": (3, 4), "c": (5, 6)}) == [0, 1, 1]
 
 
-def test_what_is_kept_lives_to_the_end() -> None:
-    assert slots({"a": (0, 1), "b": (2, 3)}, kept=("a",)) == [0, 1]
-    assert slots({"a": (0, 1), "b": (2, 3)}, kept=("b",)) == [0, 0]
+@pytest.mark.parametrize("kept", ["a", "b"])
+def test_what_is_kept_shares_with_nobody(kept: str) -> None:
+    """Neither with what comes after it, nor with what came before: the step before may not have ended everywhere."""
+    assert slots({"a": (0, 1), "b": (2, 3)}, kept=(kept,)) == [0, 1]
+
+
+def test_what_peers_read_lives() -> None:
+    """Others may read it in a region in which this rank does not touch it."""
+    buffers = [Buffer(name, "f32", 64, 0) for name in ("a", "b")]
+    arguments = {"parts": Operand("peers", "a"), "out": Operand("buffer", "b", access="w")}
+    launches = [Launch("gemm", 0, (1, 1, 1), {"out": Operand("buffer", "a")}), Launch("sum", 1, (1, 1, 1), arguments)]
+    first, second = assign_slots(buffers, launches, set())
+    assert first.slot != second.slot
 
 
 def test_sizes_that_grow_differently_do_not_share() -> None:
