@@ -95,7 +95,7 @@ class Prepared:
     def memory(self, num_threads: int) -> MemoryPlan:
         """What the engine will need."""
         plans = [rank.plan for rank in self.ranks]
-        return plan_memory(plans, self.weights_bytes, num_threads, self.target.is_cuda)
+        return plan_memory(plans, self.weights_bytes, num_threads, self.target.is_cuda, self.max_model_len)
 
 
 @contextmanager

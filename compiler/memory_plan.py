@@ -57,10 +57,15 @@ class MemoryPlan:
         return low
 
 
-def plan_memory(plans: list[Plan], weights_bytes: int, num_threads: int, is_cuda: bool = False) -> MemoryPlan:
-    """The memory plan of an engine with these ranks; `num_threads` of each rank, which a GPU has no scratch for."""
+def plan_memory(
+    plans: list[Plan], weights_bytes: int, num_threads: int, is_cuda: bool, max_model_len: int
+) -> MemoryPlan:
+    """The memory plan of an engine with these ranks, which serves sequences of up to `max_model_len` tokens.
+
+    num_threads: of each rank, which a GPU has no scratch for
+    """
     tokens, sequences = default_step(is_cuda)
-    limits = step_limits(tokens, sequences)
+    limits = step_limits(tokens, sequences, -(-max_model_len // plans[0].state_groups[0].block_size))
     activations = 0
     for plan in plans:
         arena = plan_arena(plan, limits)

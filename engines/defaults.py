@@ -27,8 +27,11 @@ def default_step(is_cuda: bool) -> tuple[int, int]:
     return MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 
 
-def step_limits(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int = 1 << 24) -> dict[str, int]:
-    """The largest values of a step's variables. Rows: one for each sequence, and room for prompts that are scored."""
+def step_limits(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int) -> dict[str, int]:
+    """The largest values of a step's variables. Rows: one for each sequence, and room for prompts that are scored.
+
+    max_blocks: of the longest sequence
+    """
     tokens = max(max_num_batched_tokens, max_num_seqs)
     return {
         "tokens": tokens,

@@ -71,11 +71,27 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Collective:
+    """What a launch does and nothing beside it, so that a library may do it in its place.
+
+    op          all_reduce: the sum of all ranks' parts
+    part, sum   names of arguments: peers that are read, and a buffer that is written, both of one extent
+    dtype       bf16
+    """
+
+    op: str
+    part: str
+    sum: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel of the engine, run on the device when every range of its guard holds, in order of the plan.
 
-    arguments  by the kernel's names, in its order
-    region     no two launches have the same: each sees what those before it wrote
+    arguments   by the kernel's names, in its order
+    region      no two launches have the same: each sees what those before it wrote
+    collective  what a library may do in place of the kernel
     """
 
     kernel: str
@@ -83,6 +99,7 @@ class Launch:
     grid: tuple[Expression, Expression, Expression]
     arguments: dict[str, Operand | Value]
     guard: tuple[Range, ...] = ()
+    collective: Collective | None = None
 
     @property
     def operands(self) -> dict[str, Operand]:

@@ -15,6 +15,7 @@ from .plan import (
     Attribute,
     Buffer,
     Call,
+    Collective,
     Draws,
     Instruction,
     KernelImage,
@@ -98,6 +99,7 @@ def _encode(instruction: Instruction) -> dict[str, Any]:
 
 
 def _encode_launch(launch: Launch) -> dict[str, Any]:
+    collective = {} if launch.collective is None else {"collective": asdict(launch.collective)}
     return {
         "kind": "launch",
         "kernel": launch.kernel,
@@ -108,6 +110,7 @@ def _encode_launch(launch: Launch) -> dict[str, Any]:
             name: asdict(item) if isinstance(item, Operand) else {"kind": "value", **asdict(item)}
             for name, item in launch.arguments.items()
         },
+        **collective,
     }
 
 
@@ -180,6 +183,22 @@ def _check_launches(plan: Plan, where: str) -> None:
                 f"{place}: kernel {kernel.name!r} takes ({', '.join(kernel.parameters)}), the plan gives "
                 f"({', '.join(given)}). The plan is damaged: build the engine again."
             )
+        if launch.collective is not None:
+            _check_collective(launch, launch.collective, f"{place}.collective")
+
+
+def _check_collective(launch: Launch, collective: Collective, where: str) -> None:
+    """It says of which arguments what a library must know."""
+    again = "The plan is damaged: build the engine again."
+    part, total = (launch.operands.get(name) for name in (collective.part, collective.sum))
+    if part is None or (part.kind, part.access) != ("peers", "r"):
+        raise EngineFormatError(
+            f"{where}: argument {collective.part!r} is no part of every rank's that is read. {again}"
+        )
+    if total is None or (total.kind, total.access) != ("buffer", "w"):
+        raise EngineFormatError(f"{where}: argument {collective.sum!r} is no buffer that is written. {again}")
+    if part.extent != total.extent:
+        raise EngineFormatError(f"{where}: the sum is not as large as a part. {again}")
 
 
 def _require_unique(names: list[str], where: str) -> None:
@@ -283,7 +302,7 @@ def _read_parameter(value: object, where: str) -> str:
 
 
 def _read_launch(launch: Fields) -> Launch:
-    launch.only("kind", "kernel", "region", "guard", "grid", "arguments")
+    launch.only("kind", "kernel", "region", "guard", "grid", "arguments", "collective")
     grid = launch.items("grid", check_expression, most=3)
     if len(grid) != 3:
         raise EngineFormatError(f"{launch.where}.grid: wanted three expressions, got {len(grid)}.")
@@ -294,6 +313,17 @@ def _read_launch(launch: Fields) -> Launch:
         grid=(grid[0], grid[1], grid[2]),
         arguments={name: _read_argument(arguments.map(name)) for name in arguments.values},
         guard=tuple(launch.items("guard", _read_range, most=8)),
+        collective=_read_collective(launch.map("collective")) if "collective" in launch.values else None,
+    )
+
+
+def _read_collective(collective: Fields) -> Collective:
+    collective.only(*(item.name for item in fields(Collective)))
+    return Collective(
+        op=collective.text("op", ("all_reduce",)),
+        part=collective.text("part"),
+        sum=collective.text("sum"),
+        dtype=collective.text("dtype", ("bf16",)),
     )
 
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from ..engines.expressions import Expression
-from ..engines.plan import Range
+from ..engines.plan import Collective, Range
 
 Constant = int | float | bool | str | tuple[int, ...] | None
 
@@ -56,9 +56,10 @@ class Scratch:
 class Launch:
     """One way to do an operator's work: the kernel, its grid, and the guard under which it is the one.
 
-    scratch   of pointer parameters that are neither operands nor step inputs
-    values    of scalar parameters that are no variables of the step: numbers
-    inputs    the step inputs of parameters that are not called as they are
+    scratch     of pointer parameters that are neither operands nor step inputs
+    values      of scalar parameters that are no variables of the step: numbers
+    inputs      the step inputs of parameters that are not called as they are
+    collective  what a library may do in its place
     """
 
     kernel: Kernel
@@ -67,3 +68,4 @@ class Launch:
     scratch: dict[str, Scratch] = field(default_factory=dict)
     values: dict[str, int | float] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    collective: Collective | None = None

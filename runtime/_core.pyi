@@ -83,6 +83,8 @@ class Core:
         kv_cache_usage                             used share of the fullest group, 0 to 1
         internal_error                             None, or what broke: then every request ended and no new one is taken
         memory                                     bytes by purpose
+        sums_by                                    what sums large messages over GPUs: "NCCL 2.27.3", or "kernels" and
+                                                   why; "" where nothing does
         """
 
     def fail(self, reason: str) -> None:

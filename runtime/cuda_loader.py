@@ -117,7 +117,7 @@ def _meetings(plan: Plan) -> list[Launch]:
 def _meeting(launch: Launch) -> object:
     """What all ranks' launches of a meeting have in common."""
     peers = {name: item for name, item in launch.operands.items() if item.kind == "peers"}
-    return launch.kernel, launch.guard, launch.grid, peers
+    return launch.kernel, launch.guard, launch.grid, launch.collective, peers
 
 
 def _shared_sizes(plan: Plan) -> dict[str, Expression]:
@@ -238,7 +238,16 @@ def _launch_specs(rank: Rank, instructions: Iterable[Instruction], kernels: dict
                 "grid": list(launch.grid),
                 "guard": [[guard.variable, guard.low, guard.high] for guard in launch.guard],
                 "arguments": [_argument_spec(name, item, places) for name, item in launch.arguments.items()],
+                **_collective_spec(launch),
             }
+
+
+def _collective_spec(launch: Launch) -> dict[str, Any]:
+    """Of LaunchSpec, where there is one: the places of its arguments. All that it can be is a sum of bf16."""
+    if launch.collective is None:
+        return {}
+    names = list(launch.arguments)
+    return {"sums": {"part": names.index(launch.collective.part), "sum": names.index(launch.collective.sum)}}
 
 
 def _entry_points(rank: Rank, kernels: dict[str, int]) -> dict[str, Any]:

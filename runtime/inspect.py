@@ -64,7 +64,8 @@ def inspect_engine(directory: Path) -> dict[str, Any]:
 def _memory(files: EngineFiles, ranks: list[Rank]) -> dict[str, int]:
     on_gpu = bool(ranks[0].plan.kernels)
     tokens, sequences = default_step(on_gpu)
-    limits = step_limits(tokens, sequences)
+    block_size = ranks[0].plan.state_groups[0].block_size
+    limits = step_limits(tokens, sequences, -(-files.manifest.default_max_model_len // block_size))
     arenas = [plan_arena(rank.plan, limits) for rank in ranks]
     shape = StateShape(ranks[0].plan.state_groups, len(ranks), tokens)
     per_token = sum(group.block_bytes // group.block_size for group in shape.groups) * len(ranks)

@@ -146,7 +146,8 @@ def prepare_cpu_core(files: EngineFiles, ranks: list[Rank], target: Target, conf
     if config.gpus is not None:
         raise EngineryError(f"gpus is for GPUs; {files.directory} was built for {target.name}. Leave --gpus out.")
     max_num_seqs, max_num_batched_tokens = config.sequences(target), config.batched_tokens(target)
-    limits = step_limits(max_num_batched_tokens, max_num_seqs)
+    max_blocks = -(-max_model_len // ranks[0].plan.state_groups[0].block_size)
+    limits = step_limits(max_num_batched_tokens, max_num_seqs, max_blocks)
     for index, rank in enumerate(ranks):
         weight_bytes = {name: placed.tensor.num_bytes for name, placed in rank.weights.placed.items()}
         check_bounds(rank.plan, limits, weight_bytes, files.of_rank("plan", index))

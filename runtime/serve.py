@@ -214,7 +214,9 @@ class _Service:
         sizes = ", ".join(f"{purpose} {format_bytes(count)}" for purpose, count in sorted(memory.items()))
         target = engine.files.manifest.target if engine.files is not None else "cpu"
         names = ", ".join(self._state.served_model_names)
-        return f"Serving {names} at {url} ({target}, up to {engine.model.max_model_len} tokens; {sizes})"
+        sums_by = engine.stats()["sums_by"]
+        sums = f"; large messages between GPUs summed by {sums_by}" if sums_by else ""
+        return f"Serving {names} at {url} ({target}, up to {engine.model.max_model_len} tokens; {sizes}{sums})"
 
 
 def _make_server(app: Any) -> Any:

@@ -2,7 +2,9 @@
 
 A domain's collectives, those of tokens and those of rows, all run in a step or none do. In each domain buffers and
 halves of flags are used in turn, the first of each first, and where their number is odd the last one meets twice: so
-that, wherever a step ends, everybody has read and the next one may begin (plugins/all_reduce/triton_meeting.py).
+that, wherever a step ends, everybody has read and the next one may begin (plugins/all_reduce/triton_meeting.py). A
+library may do any of them that says so: its sum is a meeting, too, to which all come after what they had launched
+before it, and after which nobody reads the part; flags stay as they are, cleared.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class CudaLowering(Lowering):
                     arguments[name] = Value(kind, float(value) if kind == "fp32" else int(value))
             self.kernels[launch.kernel.name] = launch.kernel
             ranges = guard or launch.guard
-            region = len(self.launches)
-            self.launches.append(PlannedLaunch(launch.kernel.name, region, launch.grid, arguments, ranges))
+            planned = PlannedLaunch(launch.kernel.name, len(self.launches), launch.grid, arguments, ranges)
+            self.launches.append(replace(planned, collective=launch.collective))
 
     # -- one method for each operator of the graph ----------------------------------------------------------------
 
@@ -328,12 +328,30 @@ class CudaLowering(Lowering):
     def _AllReduce(self, node: ir.Node) -> None:
         x, residual = [*node.inputs, None][:2]
         part, out = self._view(x), self._new(node.outputs[0])
-        operator = all_reduce.AllReduce(out.columns, self.collectives.meeting(node), residual is not None, out.rows)
+        meeting, invariant = self.collectives.meeting(node), self.options.batch_invariant
+        operator = all_reduce.AllReduce(out.columns, meeting, residual is not None, out.rows, invariant)
         operands = self.collectives.operands(node, part) | {
             "residual": self._at(self._view(residual), "r") if residual is not None else None,
             "out": self._at(out, "w"),
         }
         self._launch(all_reduce.launches(operator, architecture=self.arch), operands, out.rows)
+        large = all_reduce.large_launches(operator, architecture=self.arch)
+        if residual is None or not large:
+            self._launch(large, operands, out.rows)
+            return
+        total = self._temporary(f"{out.buffer}.sum", out)
+        self._launch(large, operands | {"out": self._at(total, "w")}, out.rows)
+        self._add(self._view(residual), total, out, large[0].guard)
+
+    def _temporary(self, name: str, like: View) -> View:
+        self.buffers[name] = replace(self.buffers[like.buffer], name=name)
+        return replace(like, buffer=name)
+
+    def _add(self, x: View, delta: View, out: View, guard: tuple[Range, ...]) -> None:
+        """By the kernel of norms, without a norm."""
+        operator = rms_norm.RmsNorm(out.columns, eps=0.0, out="bf16", delta=True, weight=False, domain=out.rows)
+        operands = {"x": self._at(x, "r"), "delta": self._at(delta, "r"), "out": self._at(out, "w")}
+        self._launch(rms_norm.launches(operator, architecture=self.arch), operands, out.rows, guard)
 
     def _AllGather(self, node: ir.Node) -> None:
         part, out = self._view(node.inputs[0]), self._new(node.outputs[0], "f32")

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_driver.h"
 #include "executor.h"
 #include "launch.h"
 
@@ -53,6 +54,9 @@ class CudaDevice {
 
     // Every thread calls this before the others.
     virtual void make_current() = 0;
+
+    // The driver's, for libraries that work in its order; nullptr where there is no driver.
+    virtual cuda::Stream stream() const = 0;
 
     // The devices of all ranks in order, this among them: launches of this one may touch memory of all from now on.
     // Throws TargetError where the hardware cannot do that.

@@ -1,8 +1,14 @@
 #include "cuda_executor.h"
 
 #include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <set>
+#include <thread>
+#include <utility>
 
 #include "errors.h"
+#include "nccl.h"
 
 namespace enginery {
 namespace {
@@ -55,6 +61,47 @@ CudaExecutor::CudaExecutor(const ExecutorSpec& spec, std::vector<std::unique_ptr
     for (const auto& rank : ranks_) rank->connect(ranks_);
     allocate_pinned(bytes);
     prepare_graphs();
+    join_library();
+}
+
+// After graphs are made: then all memory is taken that others count on.
+void CudaExecutor::join_library() {
+    if (ranks_.size() == 1 || !ranks_.front()->sums()) return;
+    sums_by_ = "kernels";
+    if (ranks_.front()->device().stream() == nullptr) return;
+    if (share_gpus()) {
+        sums_by_ += ", as ranks share a GPU";
+        return;
+    }
+    const nccl::Library& library = nccl::Library::get();
+    if (!library.fault().empty()) {
+        sums_by_ += ", as " + library.fault();
+        return;
+    }
+    const nccl::UniqueId id = library.make_id();
+    has_joined_ = true;
+    try {
+        launchers_.run([&](int32_t rank) { ranks_[static_cast<size_t>(rank)]->join(library, id); });
+    } catch (...) {
+        fail();
+        throw;
+    }
+    sums_by_ = library.name();
+}
+
+bool CudaExecutor::share_gpus() const {
+    std::set<int32_t> gpus;
+    for (const RankSpec& rank : spec_.ranks) gpus.insert(rank.gpu);
+    return gpus.size() < spec_.ranks.size();
+}
+
+// Ends sums that wait for ranks which will not come.
+void CudaExecutor::leave_library() {
+    if (!std::exchange(has_joined_, false)) return;
+    try {
+        launchers_.run([&](int32_t rank) { ranks_[static_cast<size_t>(rank)]->leave(); });
+    } catch (const EngineryError&) {  // of a GPU that has failed
+    }
 }
 
 CudaExecutor::~CudaExecutor() {
@@ -65,6 +112,7 @@ CudaExecutor::~CudaExecutor() {
         } catch (const EngineryError&) {  // it has failed: then nothing runs
         }
     }
+    leave_library();
 }
 
 void CudaExecutor::allocate_pinned(int64_t inputs_bytes) {
@@ -131,9 +179,14 @@ void CudaExecutor::launch(const Step& step) {
     try {
         run_step(step);
     } catch (...) {
-        failed_ = true;
+        fail();
         throw;
     }
+}
+
+void CudaExecutor::fail() {
+    failed_ = true;
+    leave_library();
 }
 
 void CudaExecutor::run_step(const Step& step) {
@@ -183,10 +236,31 @@ void CudaExecutor::collect() {
     try {
         collected_ = launched_.front();
         launched_.pop_front();
-        for (size_t rank = 0; rank < ranks_.size(); ++rank) wait_for(rank);
+        wait_for_all();
     } catch (...) {
-        failed_ = true;
+        fail();
         throw;
+    }
+}
+
+// In order, unless a library sums: then a rank may wait for ever for one that has failed, which must be heard first.
+void CudaExecutor::wait_for_all() {
+    const auto deadline = std::chrono::steady_clock::now() + kWaitTimeout;
+    std::vector<size_t> waiting(ranks_.size());
+    std::iota(waiting.begin(), waiting.end(), 0);
+    while (!waiting.empty()) {
+        const auto ended = std::find_if(waiting.begin(), waiting.end(), [this](size_t rank) {
+            return !has_joined_ || ranks_[rank]->has_come(collected_);
+        });
+        if (ended != waiting.end()) {
+            wait_for(*ended);
+            waiting.erase(ended);
+        } else if (std::chrono::steady_clock::now() > deadline) {
+            throw EngineryError(ranks_[waiting.front()]->name() + ": has not come to the end of the step in " +
+                                std::to_string(kWaitTimeout.count()) + " s.");
+        } else {
+            std::this_thread::yield();
+        }
     }
 }
 
@@ -202,8 +276,7 @@ void CudaExecutor::wait_for(size_t rank) {
                 late += " Rank " + std::to_string(other) + ", on GPU " + std::to_string(spec_.ranks[other].gpu) +
                         ", has not come to the end of the step.";
         }
-        throw EngineryError("Rank " + std::to_string(rank) + " of " + std::to_string(ranks_.size()) + ", on GPU " +
-                            std::to_string(spec_.ranks[rank].gpu) + ": " + error.what() + late);
+        throw EngineryError(ranks_[rank]->name() + ": " + error.what() + late);
     }
 }
 

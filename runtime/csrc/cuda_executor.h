@@ -30,6 +30,7 @@ class CudaExecutor final : public Executor {
     DrawnRow drawn(int32_t row) const override;
     void parallel_for(int32_t count, const std::function<void(int32_t)>& fn) override { pool_.run_each(count, fn); }
     std::map<std::string, int64_t> memory() const override;
+    std::string sums_by() const override { return sums_by_; }
 
   private:
     // Memory of the host that the device copies from and to in one of two steps.
@@ -44,12 +45,17 @@ class CudaExecutor final : public Executor {
 
     int64_t logits_stride() const { return spec_.ranks.front().logits_stride; }
     bool draws() const { return !spec_.ranks.front().sample.empty(); }
+    void join_library();
+    bool share_gpus() const;
+    void leave_library();
     void allocate_pinned(int64_t inputs_bytes);
     void prepare_graphs();
     int64_t largest_graph() const;
     Variables padded(Variables variables) const;
     void run_step(const Step& step);
     void wait_for(size_t rank);
+    void wait_for_all();
+    void fail();
     void copy_results(const Step& step, const Variables& variables, Exchange& exchange);
 
     ExecutorSpec spec_;
@@ -63,6 +69,8 @@ class CudaExecutor final : public Executor {
     size_t next_mark_ = 0;
     size_t collected_ = 0;
     bool failed_ = false;  // a step did, and left nobody knows what
+    std::string sums_by_;
+    bool has_joined_ = false;  // a library sums
 };
 
 }  // namespace enginery

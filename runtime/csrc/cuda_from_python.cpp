@@ -87,6 +87,20 @@ ArgumentSpec read_argument(Fields& fields) {
     return argument;
 }
 
+SumSpec read_sums(nb::handle values, const std::vector<ArgumentSpec>& arguments) {
+    Fields fields(values, "sums");
+    SumSpec sums;
+    fields.required("part", sums.part);
+    fields.required("sum", sums.sum);
+    fields.finish();
+    const auto is = [&](size_t place, OperandKind kind) {
+        return place < arguments.size() && arguments[place].parameter == ParameterKind::kPointer &&
+               arguments[place].kind == kind;
+    };
+    if (is(sums.part, OperandKind::kPeers) && is(sums.sum, OperandKind::kBuffer)) return sums;
+    throw fields.wrong("no argument of peers and one of a buffer");
+}
+
 LaunchSpec read_launch(Fields& fields) {
     LaunchSpec launch;
     fields.required("kernel", launch.kernel);
@@ -96,6 +110,7 @@ LaunchSpec read_launch(Fields& fields) {
     for (size_t axis = 0; axis < launch.grid.size(); ++axis) launch.grid[axis] = read_expression(grid[axis], fields);
     fields.each("arguments", [&](Fields& entry) { launch.arguments.push_back(read_argument(entry)); });
     launch.guard = read_guard(fields, "a launch");
+    if (fields.has("sums")) launch.sums = read_sums(fields.take("sums"), launch.arguments);
     return launch;
 }
 

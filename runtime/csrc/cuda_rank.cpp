@@ -30,7 +30,7 @@ const std::string& checked(const std::string& name) {
 
 CudaRank::CudaRank(const ExecutorSpec& spec, size_t rank, const StepInputs& inputs, int64_t inputs_bytes,
                    std::unique_ptr<CudaDevice> device, ThreadPool& pool)
-    : spec_(spec), rank_(spec.ranks[rank]), device_(std::move(device)), inputs_bytes_(inputs_bytes) {
+    : spec_(spec), rank_(spec.ranks[rank]), number_(rank), device_(std::move(device)), inputs_bytes_(inputs_bytes) {
     device_->make_current();
     check_spec();
     std::vector<int32_t> kernels;
@@ -49,6 +49,28 @@ void CudaRank::connect(const std::vector<std::unique_ptr<CudaRank>>& ranks) {
     device_->make_current();
     device_->connect(devices);
     peers_.fill(*device_, rank_, [&](size_t rank, const BufferSpec& like) { return ranks[rank]->address_of(like); });
+}
+
+bool CudaRank::sums() const {
+    return std::any_of(forward_.begin(), forward_.end(),
+                       [](const BoundLaunch& bound) { return bound.spec->sums.has_value(); });
+}
+
+void CudaRank::join(const nccl::Library& library, const nccl::UniqueId& id) {
+    device_->make_current();
+    const auto world_size = static_cast<int32_t>(spec_.ranks.size());
+    communicator_ =
+        std::make_unique<nccl::Communicator>(library, id, static_cast<int32_t>(number_), world_size, name());
+}
+
+void CudaRank::leave() {
+    device_->make_current();
+    communicator_.reset();
+}
+
+std::string CudaRank::name() const {
+    return "Rank " + std::to_string(number_) + " of " + std::to_string(spec_.ranks.size()) + ", on GPU " +
+           std::to_string(rank_.gpu);
 }
 
 Address CudaRank::address_of(const BufferSpec& like) const {
@@ -177,6 +199,10 @@ CudaRank::BoundLaunch CudaRank::bind(const LaunchSpec& launch, const StepInputs&
             std::memcpy(&bound.device.arguments.back().bits, &argument.real, sizeof(argument.real));
         }
     }
+    if (launch.sums) {
+        const ArgumentSpec& part = launch.arguments[launch.sums->part];
+        bound.part = arena_ + static_cast<Address>(rank_.buffers[static_cast<size_t>(part.index)].offset + part.offset);
+    }
     return bound;
 }
 
@@ -260,18 +286,30 @@ int32_t CudaRank::capture(const StepInputs& inputs, const Work& work) {
 }
 
 void CudaRank::run(const StepInputs& inputs, const Work& work) {
-    run_launches(forward_, inputs, work.variables);
-    if (work.draws) run_launches(sample_, inputs, work.variables);
+    run_launches(forward_, inputs, work);
+    if (work.draws) run_launches(sample_, inputs, work);
 }
 
-void CudaRank::run_launches(std::vector<BoundLaunch>& launches, const StepInputs& inputs, const Variables& variables) {
+void CudaRank::run_launches(std::vector<BoundLaunch>& launches, const StepInputs& inputs, const Work& work) {
     for (BoundLaunch& bound : launches) {
         const bool holds = std::all_of(bound.guard.begin(), bound.guard.end(), [&](const auto& guard) {
-            const int64_t value = value_of(variables, guard.first);
+            const int64_t value = value_of(work.variables, guard.first);
             return guard.second.min <= value && value <= guard.second.max;
         });
-        if (holds) run_launch(bound, inputs, variables);
+        if (!holds) continue;
+        if (bound.spec->sums && communicator_ != nullptr && !work.recurs) {
+            sum(bound, work.variables);
+        } else {
+            run_launch(bound, inputs, work.variables);
+        }
     }
+}
+
+void CudaRank::sum(const BoundLaunch& bound, const Variables& variables) {
+    constexpr int64_t kElement = 2;
+    const int64_t bytes = bound.spec->arguments[bound.spec->sums->sum].extent.evaluate(variables);
+    const Address sum = bound.device.arguments[bound.spec->sums->sum].bits;
+    if (bytes > 0) communicator_->sum(bound.part, sum, static_cast<size_t>(bytes / kElement), device_->stream());
 }
 
 void CudaRank::run_launch(BoundLaunch& bound, const StepInputs& inputs, const Variables& variables) {

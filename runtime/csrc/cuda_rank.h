@@ -7,6 +7,7 @@
 
 #include "cuda_device.h"
 #include "executor.h"
+#include "nccl.h"
 #include "peer_tables.h"
 #include "step_inputs.h"
 #include "thread_pool.h"
@@ -24,6 +25,17 @@ class CudaRank {
 
     // Of all ranks in order, this among them: tells its launches where the others' buffers lie. Before any step.
     void connect(const std::vector<std::unique_ptr<CudaRank>>& ranks);
+
+    // Whether a library could do some of its launches.
+    bool sums() const;
+
+    // From now on NCCL does those, but in graphs. Every rank joins and leaves at the same time, on a thread of its own.
+    // Throws EngineryError.
+    void join(const nccl::Library& library, const nccl::UniqueId& id);
+    void leave();
+
+    // "Rank 1 of 2, on GPU 1".
+    std::string name() const;
 
     // What a step runs. recurs: as a graph.
     struct Work {
@@ -48,7 +60,7 @@ class CudaRank {
     void wait(size_t number);
     bool has_come(size_t number);
 
-    // Bytes by purpose.
+    // Bytes by purpose, without a library's.
     std::map<std::string, int64_t> memory() const;
 
   private:
@@ -58,6 +70,7 @@ class CudaRank {
         const LaunchSpec* spec = nullptr;
         std::vector<std::pair<Variable, GuardRange>> guard;
         std::vector<size_t> inputs;  // of each argument, or kNoInput
+        Address part = 0;            // of a sum
         DeviceLaunch device;         // of the step, but for what never changes
     };
 
@@ -74,13 +87,16 @@ class CudaRank {
     Address address_of(const BufferSpec& like) const;
     void place_inputs(const StepInputs& inputs);
     void run(const StepInputs& inputs, const Work& work);
-    void run_launches(std::vector<BoundLaunch>& launches, const StepInputs& inputs, const Variables& variables);
+    void run_launches(std::vector<BoundLaunch>& launches, const StepInputs& inputs, const Work& work);
     void run_launch(BoundLaunch& bound, const StepInputs& inputs, const Variables& variables);
+    void sum(const BoundLaunch& bound, const Variables& variables);
     int32_t capture(const StepInputs& inputs, const Work& work);
 
     const ExecutorSpec& spec_;
     const RankSpec& rank_;
+    const size_t number_;
     std::unique_ptr<CudaDevice> device_;
+    std::unique_ptr<nccl::Communicator> communicator_;  // goes before the device
 
     Address arena_ = 0;
     Address weights_ = 0;

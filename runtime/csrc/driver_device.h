@@ -15,6 +15,7 @@ class DriverDevice final : public CudaDevice {
     ~DriverDevice() override;
 
     void make_current() override { gpu_.make_current(); }
+    cuda::Stream stream() const override { return stream_; }
     void connect(const std::vector<CudaDevice*>& ranks) override;
     Address allocate(int64_t bytes, const std::string& purpose) override;
     std::byte* allocate_pinned(int64_t bytes, const std::string& purpose) override;

@@ -129,6 +129,9 @@ class Executor {
 
     // Bytes by purpose, for /metrics: "weights", "activations", "state", ...
     virtual std::map<std::string, int64_t> memory() const = 0;
+
+    // What sums large messages over ranks; empty where nothing does.
+    virtual std::string sums_by() const { return {}; }
 };
 
 std::unique_ptr<Executor> make_cpu_executor(const ExecutorSpec& spec);

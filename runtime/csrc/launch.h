@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,12 +45,19 @@ struct ArgumentSpec {
     float real = 0;
 };
 
+// A launch that does nothing but sum bf16 over ranks: a library may do it. Places of arguments, of one extent.
+struct SumSpec {
+    size_t part = 0;  // peers
+    size_t sum = 0;   // a buffer
+};
+
 struct LaunchSpec {
     int32_t kernel = 0;
     int32_t region = 0;  // rises from launch to launch: each sees what those before it wrote
     std::array<Expression, 3> grid;
     std::vector<ArgumentSpec> arguments;
     std::vector<GuardRange> guard;
+    std::optional<SumSpec> sums;
 };
 
 // What the plans of a CUDA target share beside state. Their largest step is in ExecutorSpec.

@@ -80,6 +80,7 @@ class Loop {
     std::vector<Output> wait(double timeout_s);
     LoopStats stats();
     std::map<std::string, int64_t> memory() const { return executor_->memory(); }
+    std::string sums_by() const { return executor_->sums_by(); }
     void fail(const std::string& reason);
     void close();
 

@@ -87,6 +87,7 @@ nb::dict stats_of(Loop& loop) {
     dict["internal_error"] =
         stats.internal_error.empty() ? nb::none() : nb::object(nb::str(stats.internal_error.c_str()));
     dict["memory"] = loop.memory();
+    dict["sums_by"] = loop.sums_by();
     return dict;
 }
 

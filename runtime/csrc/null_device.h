@@ -17,6 +17,7 @@ class NullDevice final : public CudaDevice {
     NullDevice(const ExecutorSpec& spec, size_t rank);
 
     void make_current() override {}
+    cuda::Stream stream() const override { return nullptr; }
     void connect(const std::vector<CudaDevice*>& ranks) override;
     Address allocate(int64_t bytes, const std::string& purpose) override;
     std::byte* allocate_pinned(int64_t bytes, const std::string& purpose) override;

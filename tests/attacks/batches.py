@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import byte_attacks, document_attacks, drawing_attacks, manifest_attacks, plan_attacks, weights_attacks
+from . import (
+    byte_attacks,
+    collective_attacks,
+    document_attacks,
+    drawing_attacks,
+    manifest_attacks,
+    plan_attacks,
+    weights_attacks,
+)
 from .forge import Attacks, Forge
 
 BATCHES: dict[str, Callable[[Forge], Attacks]] = {
@@ -22,4 +30,7 @@ BATCHES: dict[str, Callable[[Forge], Attacks]] = {
 }
 
 # On engines for GPUs.
-GPU_BATCHES: dict[str, Callable[[Forge], Attacks]] = {"plan drawing": drawing_attacks.attacks}
+GPU_BATCHES: dict[str, Callable[[Forge], Attacks]] = {
+    "plan drawing": drawing_attacks.attacks,
+    "plan collectives": collective_attacks.attacks,
+}

@@ -35,8 +35,16 @@ def sound_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def sound_gpu_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of kernels without code, for the null device."""
+def sound_gpu_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of kernels without code, for the null device, by the batch of attacks on them."""
+    from enginery.plugins.all_reduce import cuda as all_reduce
+
     from ..runtime.cuda_engines import build_shell
 
-    return build_shell("llama", tmp_path_factory.mktemp("gpu"), precision="bf16")
+    engines = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_reduce, "_LIBRARY_BYTES", 1)  # sums of two rows are a library's
+        for batch, ranks in (("plan drawing", 1), ("plan collectives", 2)):
+            directory = tmp_path_factory.mktemp("gpu")
+            engines[batch] = build_shell("llama", directory, precision="bf16", tensor_parallel_size=ranks)
+    return engines

@@ -34,6 +34,7 @@ PARTS = {
     "unsigned bytes": 3,
     "documents": 3,
     "plan drawing": 40,
+    "plan collectives": 12,
 }
 
 
@@ -95,16 +96,16 @@ def test_many_more_attacks(batch: str, engine: str, sound_engines: dict[str, Pat
 
 
 @pytest.mark.parametrize("batch", GPU_BATCHES)
-def test_attacks_on_gpus(batch: str, sound_gpu_engine: Path) -> None:
-    outcomes = run_batch(sound_gpu_engine, batch, 0, PARTS[batch])
+def test_attacks_on_gpus(batch: str, sound_gpu_engines: dict[str, Path]) -> None:
+    outcomes = run_batch(sound_gpu_engines[batch], batch, 0, PARTS[batch])
     assert {"ok", "refused"} == {outcome.loaded for outcome in outcomes}
 
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1900)
 @pytest.mark.parametrize("batch", GPU_BATCHES)
-def test_many_more_attacks_on_gpus(batch: str, sound_gpu_engine: Path) -> None:
-    run_batch(sound_gpu_engine, batch, 1, PARTS[batch] // 4)
+def test_many_more_attacks_on_gpus(batch: str, sound_gpu_engines: dict[str, Path]) -> None:
+    run_batch(sound_gpu_engines[batch], batch, 1, PARTS[batch] // 4)
 
 
 @pytest.fixture

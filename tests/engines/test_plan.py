@@ -13,6 +13,7 @@ from enginery.engines.expressions import VARIABLES, check_expression, evaluate
 from enginery.engines.plan import (
     Buffer,
     Call,
+    Collective,
     Draws,
     KernelImage,
     Launch,
@@ -172,6 +173,49 @@ def test_what_peers_read_is_a_buffer() -> None:
         check_bounds(peers("x", 1025), LIMITS, WEIGHTS, "plan")
     with pytest.raises(EngineFormatError, match=r"peers 'w' does not exist"):
         check_bounds(peers("w", 0), LIMITS, WEIGHTS, "plan")
+
+
+def with_collective() -> Plan:
+    """The plan, and a launch that a library may do: the sum of every rank's x into y."""
+    arguments: dict[str, Operand | Value] = {
+        "parts": Operand("peers", "x", 0, ["*", "rows", 256], "r"),
+        "sum": Operand("buffer", "y", 0, ["*", "rows", 256], "w"),
+    }
+    launch = Launch("r", 4, (1, 1, 1), arguments, collective=Collective("all_reduce", "parts", "sum", "bf16"))
+    kernel = KernelImage("r", "r.cubin", "r", "collective", 90, 4, 0, 32, 0, "", ("pointer", "pointer"))
+    return replace(make_plan(), forward=(launch,), kernels=(kernel,))
+
+
+def test_what_a_library_may_do_is_read_as_written() -> None:
+    plan = with_collective()
+    assert decode_plan(encode_plan(plan), "plan") == plan
+    check_bounds(plan, LIMITS, WEIGHTS, "plan")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (["collective", "op"], "all_to_all", "wanted one of all_reduce"),
+        (["collective", "dtype"], "f32", "wanted one of bf16"),
+        (["collective", "part"], "nothing", "argument 'nothing' is no part of every rank's that is read"),
+        (["collective", "part"], "sum", "argument 'sum' is no part of every rank's that is read"),
+        (["collective", "sum"], "parts", "argument 'parts' is no buffer that is written"),
+        (["collective", "sum"], 7, "text"),
+        (["collective", "more"], 1, "unknown field 'more'"),
+        (["collective"], [], "a map"),
+        (["arguments", "parts", "access"], "rw", "argument 'parts' is no part"),
+        (["arguments", "sum", "access"], "r", "argument 'sum' is no buffer that is written"),
+        (["arguments", "sum", "extent"], ["*", "rows", 128], "the sum is not as large as a part"),
+    ],
+)
+def test_what_no_library_could_do_is_refused(path: list[Any], value: Any, reason: str) -> None:
+    document = msgpack.unpackb(encode_plan(with_collective()))
+    place = document["entry_points"]["forward"]["instructions"][0]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(EngineFormatError, match=reason):
+        decode_plan(msgpack.packb(document), "plan")
 
 
 def test_calls_have_no_peers() -> None:

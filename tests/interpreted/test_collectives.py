@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from enginery.engines.errors import CompileError
 from enginery.engines.expressions import evaluate
+from enginery.engines.fields import LARGEST
 from enginery.plugins.all_gather import cuda as cuda_gather
 from enginery.plugins.all_gather.cuda import AllGather
 from enginery.plugins.all_gather.reference import all_gather
@@ -53,17 +54,19 @@ def run(plan: Launch, domain: str, parts: list[Array], arrays: dict[str, Array])
     rows=st.sampled_from([1, 2, 9, 33]),
     residual=st.booleans(),
     twice=st.booleans(),
-    large=st.booleans(),
+    kernel=st.integers(0, 2),
 )
-def test_all_reduce(world_size: int, columns: int, rows: int, residual: bool, twice: bool, large: bool) -> None:
-    """Sums of bfloat16 in the order of ranks, to the bit; the padding stays zero."""
+def test_all_reduce(world_size: int, columns: int, rows: int, residual: bool, twice: bool, kernel: int) -> None:
+    """Sums of bfloat16 in the order of ranks, to the bit; the padding stays zero. The last kernel adds no residual."""
+    residual = residual and kernel < 2
     random = np.random.default_rng(rows * columns)
     wide = [random.normal(size=(rows, columns)).astype(ml_dtypes.bfloat16) for _ in range(world_size + 1)]
     parts = [padded(part, ml_dtypes.bfloat16) for part in wide[:-1]]
     stream = padded(wide[-1], ml_dtypes.bfloat16)
     arrays = {"out": np.full(parts[0].shape, np.nan, ml_dtypes.bfloat16)} | ({"residual": stream} if residual else {})
     operator = AllReduce(columns, Meeting(0, world_size, 0, twice), residual, "rows")
-    run(cuda_reduce.launches(operator, architecture=90)[large], "rows", parts, arrays)
+    made = cuda_reduce.launches(operator, architecture=90) + cuda_reduce.large_launches(operator, architecture=90)
+    run(made[kernel], "rows", parts, arrays)
     wanted = all_reduce([x.astype(np.float32) for x in parts], stream.astype(np.float32) if residual else None)
     np.testing.assert_array_equal(arrays["out"].view(np.uint16), wanted.astype(ml_dtypes.bfloat16).view(np.uint16))
 
@@ -86,6 +89,19 @@ def test_all_gather(ends: list[int], cut: int, rows: int) -> None:
     run(plan, "rows", [padded(part, np.float32) for part in plain], {"out": out})
     np.testing.assert_array_equal(out[:, : starts[-1]], all_gather(plain))
     assert not out[:, starts[-1] :].any()
+
+
+@given(world_size=st.integers(2, 8), columns=st.integers(1, 1 << 16), invariant=st.booleans())
+def test_every_number_of_rows_has_one_kernel(world_size: int, columns: int, invariant: bool) -> None:
+    operator = AllReduce(columns, Meeting(0, world_size, 0), True, "rows", invariant)
+    made = cuda_reduce.launches(operator, architecture=90)
+    assert all(each.collective is None for each in made)
+    large = cuda_reduce.large_launches(operator, architecture=90)
+    assert bool(large) != invariant  # a library adds in another order
+    assert all(each.collective is not None for each in large)
+    ranges = [each.guard[0] for each in (*made, *large)]
+    assert [each.low for each in ranges] == [1, *(each.high + 1 for each in ranges[:-1])]
+    assert ranges[-1].high == LARGEST
 
 
 def test_kernels_are_the_same_for_all_ranks() -> None:

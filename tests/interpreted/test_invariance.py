@@ -94,7 +94,7 @@ def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     group=st.sampled_from([1, 3, 4, 40]),
-    head_dim=st.sampled_from([1, 16, 24, 80]),
+    head_dim=st.sampled_from([1, 16, 24, 80, 136]),
     rotated=st.sampled_from([0.0, 0.5, 1.0]),
     q_norm=st.booleans(),
     window=st.sampled_from([0, 1, 5, 100, 200]),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from enginery.compiler.build import BuildRequest, prepare
 from enginery.compiler.write import write_weights
+from enginery.plugins.all_reduce import cuda as all_reduce
 
 from ..tiny import logits, make_checkpoint
 from .device import Device, Piece, step_of_ranks
@@ -61,3 +62,15 @@ def test_ranks_give_the_logits_of_transformers(
             np.testing.assert_array_equal(other, found[0])
         for row, score in zip(found[0], scores, strict=True):
             assert error(row, score) < bound
+
+
+def test_sums_that_a_library_may_do_leave_the_residual_to_another_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_reduce, "_LIBRARY_BYTES", 8 << 8)  # of a row 256 bytes
+    ranks, model = make_ranks("llama", tmp_path, 2, target="h100", precision="bf16")
+    wanted = logits(model, PROMPT)
+    for tokens, known in ((20, 0), (4, 20), (9, 24)):
+        piece = Piece(PROMPT[known : known + tokens], known, 33, [5])
+        for found in step_of_ranks(ranks, [piece], [tokens - 1]):
+            assert error(found[0], wanted[known + tokens - 1]) < BOUND["bf16"]

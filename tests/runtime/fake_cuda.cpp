@@ -56,6 +56,7 @@ thread_local size_t current = 0;  // context: a GPU's number and 1; or none
 std::map<DevicePointer, Memory> memory;
 std::map<size_t, size_t> used_bytes;  // by context
 std::set<std::pair<size_t, size_t>> peers;
+std::set<size_t> hanging;  // contexts
 // Captures are of a thread, as enginery begins them.
 thread_local bool is_capturing = false;
 thread_local std::vector<std::string> captured;
@@ -78,6 +79,29 @@ bool holds(DevicePointer address, size_t bytes) {
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) Result
+
+// These are for fake_nccl.cpp. The log, the calling thread's GPU and whether it captures, and whether memory is
+// allocated there.
+extern "C" __attribute__((visibility("default"))) void fake_cuda_log(const char* line) {
+    const std::lock_guard lock(mutex);
+    log(line);
+}
+// A sum of the GPU waits for another's: whoever waits for that GPU would wait for ever.
+extern "C" __attribute__((visibility("default"))) void fake_cuda_hang(int gpu, bool hangs) {
+    const std::lock_guard lock(mutex);
+    if (hangs) {
+        hanging.insert(static_cast<size_t>(gpu) + 1);
+    } else {
+        hanging.erase(static_cast<size_t>(gpu) + 1);
+    }
+}
+extern "C" __attribute__((visibility("default"))) int fake_cuda_gpu() { return static_cast<int>(current) - 1; }
+extern "C" __attribute__((visibility("default"))) bool fake_cuda_captures() { return is_capturing; }
+extern "C" __attribute__((visibility("default"))) bool fake_cuda_holds(unsigned long long address, size_t bytes) {
+    const std::lock_guard lock(mutex);
+    const auto next = memory.upper_bound(address);
+    return holds(address, bytes) && std::prev(next)->second.context == current;
+}
 
 EXPORT cuInit(unsigned) {
     is_initialized = setting("FAKE_CUDA_INIT", 0) == 0;
@@ -282,13 +306,14 @@ EXPORT cuLaunchKernelEx(const LaunchConfig* config, Function handle, void** argu
 }
 EXPORT cuStreamCreate(Stream* stream, unsigned flags) {
     if (flags != kStreamNonBlocking) return kErrorInvalidValue;
-    *stream = reinterpret_cast<Stream>(1);
+    *stream = reinterpret_cast<Stream>(current);
     return kSuccess;
 }
 EXPORT cuStreamDestroy_v2(Stream) { return kSuccess; }
 EXPORT cuStreamSynchronize(Stream) {
     REQUIRE_CURRENT;
     REQUIRE_NO_CAPTURE;
+    if (hanging.contains(current)) log("waits in vain");
     return static_cast<Result>(setting("FAKE_CUDA_SYNCHRONIZE", 0));
 }
 EXPORT cuEventCreate(Event* event, unsigned flags) {
@@ -304,7 +329,9 @@ EXPORT cuEventRecord(Event event, Stream) {
     return event == nullptr ? kErrorInvalidValue : kSuccess;
 }
 // A GPU fails that is not late.
-bool is_late() { return current - 1 == static_cast<size_t>(setting("FAKE_CUDA_LATE", -1)); }
+bool is_late() {
+    return hanging.contains(current) || current - 1 == static_cast<size_t>(setting("FAKE_CUDA_LATE", -1));
+}
 EXPORT cuEventQuery(Event) {
     REQUIRE_CURRENT;
     return is_late() ? kErrorNotReady : kSuccess;
@@ -312,6 +339,7 @@ EXPORT cuEventQuery(Event) {
 EXPORT cuEventSynchronize(Event) {
     REQUIRE_CURRENT;
     REQUIRE_NO_CAPTURE;
+    if (is_late()) log("waits in vain");
     return is_late() ? kSuccess : static_cast<Result>(setting("FAKE_CUDA_SYNCHRONIZE", 0));
 }
 EXPORT cuStreamBeginCapture_v2(Stream, int mode) {

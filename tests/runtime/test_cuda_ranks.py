@@ -13,6 +13,7 @@ import pytest
 from enginery.engines.errors import CapacityError, EngineFormatError, EngineryError, TargetError
 from enginery.engines.plan import Launch, Operand, Plan, Value
 from enginery.engines.targets import TARGETS
+from enginery.plugins.all_reduce import cuda as all_reduce
 from enginery.runtime import _core, gpus
 from enginery.runtime.config import EngineConfig
 from enginery.runtime.cuda_loader import check_ranks
@@ -55,6 +56,14 @@ def test_thousands_of_steps_are_the_steps_of_the_loop(name: str, tmp_path: Path)
     wanted = serve(made.spec, made.config, "null", requests)
     check_same(serve(made.spec, made.config, "cuda-null", requests), wanted)
     assert wanted.num_tokens > 1000
+
+
+def test_launches_that_a_library_may_do_are_kernels_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "_LIBRARY_BYTES", 8 << 8)  # of a row 256 bytes
+    made = settings(build_ranks("llama", tmp_path, "h100", precision="bf16"))
+    assert all(any("sums" in launch for launch in rank["launches"]) for rank in made.spec["ranks"])
+    requests = random_requests(40)
+    check_same(serve(made.spec, made.config, "cuda-null", requests), serve(made.spec, made.config, "null", requests))
 
 
 def test_memory_is_that_of_all_ranks(llama: Path) -> None:
@@ -195,6 +204,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "other machine code": (
         lambda plan: replace(plan, kernels=tuple(replace(kernel, num_warps=1) for kernel in plan.kernels)),
         "differ in kernel",
+    ),
+    "a library for one": (
+        with_meetings(lambda each: replace(each, collective=None)),
+        "differ in when they read each other",
     ),
     "other tiles": (lambda plan: replace(plan, tile_tokens=8), "differ in how steps are cut"),
 }

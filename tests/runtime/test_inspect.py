@@ -51,7 +51,7 @@ def facts(two_ranks: Path) -> dict[str, Any]:
 
 def test_memory_is_that_of_all_ranks(facts: dict[str, Any], two_ranks: Path) -> None:
     ranks = read_ranks(open_engine(two_ranks))
-    arenas = [plan_arena(rank.plan, step_limits(MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)) for rank in ranks]
+    arenas = [plan_arena(rank.plan, step_limits(MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, 4)) for rank in ranks]
     groups = ranks[0].plan.state_groups
     blocks = {"full": 4, "window21": 4}  # of 32 tokens for 100
     wanted = {

@@ -24,7 +24,7 @@ from enginery.runtime.inspect import describe_engine, inspect_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ...tiny import CASES, make_checkpoint
+from ...tiny import CASES, edit_config, make_checkpoint
 
 ARCHITECTURES = st.sampled_from([80, 86, 89, 90, 100, 120])
 LINEARS = st.builds(
@@ -114,6 +114,23 @@ def test_whole_plans(case: str, precision: str, tmp_path: Path) -> None:
     with prepare(BuildRequest(**{**vars(request), "batch_invariant": True})) as prepared:
         assert set(map(len, kernels_by_result(prepared).values())) == {1}
         assert prepared.batch_invariant
+
+
+def test_memory_is_that_of_the_longest_context(tmp_path: Path) -> None:
+    """Each span of keys has a place for what is found in it."""
+    make_checkpoint("llama", tmp_path)
+    edit_config(tmp_path, max_position_embeddings=1 << 20)
+
+    def activations(invariant: bool, length: int) -> int:
+        request = BuildRequest(str(tmp_path), None, "h100", "bf16", max_model_len=length, batch_invariant=invariant)
+        with prepare(request) as prepared:
+            return prepared.memory(1).activations
+
+    assert activations(False, 4 * SPAN) == activations(False, 1 << 20)
+    assert activations(True, 4 * SPAN) < 2 * activations(False, 4 * SPAN)
+    # Of 64 pairs: 4 rows, of 8 elements and two sums.
+    longer = ((1 << 20) - 4 * SPAN) // SPAN
+    assert activations(True, 1 << 20) - activations(True, 4 * SPAN) == longer * 64 * 4 * (8 + 2) * 4
 
 
 @pytest.mark.parametrize("asked", [False, True])

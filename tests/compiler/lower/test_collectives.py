@@ -43,20 +43,22 @@ def collectives_of(case: str, directory: Path, world_size: int) -> list[Collecti
             assert isinstance(meetings, int)
             arguments: dict[str, Any] = dict(launch.arguments)
             out, count = arguments["out"].name, arguments["count"].value
-            # Variants for fewer and for more rows are one collective.
+            # Variants for fewer and for more rows are one collective; that of most rows leaves the residual to another.
             each = Collective(count, arguments["parts"].name, arguments["half"].value, meetings)
-            assert found.setdefault((out, count), each) == each
+            assert found.setdefault((out.removesuffix(".sum"), count), each) == each
     return list(found.values())
 
 
 class Ranks:
-    """Steps of collectives on some ranks, each with some programs."""
+    """Steps of collectives on some ranks, each with some programs. library: the chance of one to be a library's."""
 
-    def __init__(self, steps: list[list[Collective]], world_size: int, seed: int) -> None:
+    def __init__(self, steps: list[list[Collective]], world_size: int, seed: int, library: float = 0.0) -> None:
         self.steps, self.world_size, self.chance = steps, world_size, random.Random(seed)
         self.flags: Counter[tuple[int, int, int, int]] = Counter()  # rank, half, program, rank that sets it
         self.parts: dict[tuple[int, str], int] = {}
         self.programs = [[self.chance.randint(1, 3) for _ in step] for step in steps]
+        self.by_library = [[self.chance.random() < library for _ in step] for step in steps]
+        self.handed_over: Counter[int] = Counter()
 
     def run(self) -> None:
         """To the end. Raises AssertionError."""
@@ -75,11 +77,14 @@ class Ranks:
     def launches(self, rank: int) -> Iterator[bool]:
         """What a rank does, one after the other; False where it could do nothing."""
         number = 0
-        for step, counts in zip(self.steps, self.programs, strict=True):
-            for collective, count in zip(step, counts, strict=True):
+        for step, counts, libraries in zip(self.steps, self.programs, self.by_library, strict=True):
+            for collective, count, by_library in zip(step, counts, libraries, strict=True):
                 number += 1
                 self.parts[rank, collective.buffer] = number
                 yield True
+                if by_library:
+                    yield from self.library(number)
+                    continue
                 programs = [self.program(rank, index, collective, number) for index in range(count)]
                 while programs:
                     program = self.chance.choice(programs)
@@ -87,6 +92,13 @@ class Ranks:
                         yield next(program)
                     except StopIteration:
                         programs.remove(program)
+
+    def library(self, number: int) -> Iterator[bool]:
+        """When it has ended on a rank, all have come to it and this one's part is needed no more."""
+        self.handed_over[number] += 1
+        while self.handed_over[number] < self.world_size:
+            yield False
+        yield True
 
     def program(self, rank: int, index: int, collective: Collective, number: int) -> Iterator[bool]:
         yield from self.meet(rank, index, collective.half)
@@ -110,11 +122,12 @@ class Ranks:
 
 
 def run_often(collectives: list[Collective], world_size: int) -> None:
-    """A few steps, some of which have no rows, in many orders."""
+    """A few steps, some of which have no rows, in many orders, some by a library in part or whole."""
     of_tokens = [each for each in collectives if each.domain == "tokens"]
     for seed in range(40):
         steps = random.Random(seed).choices([collectives, of_tokens], k=4)
         Ranks(steps, world_size, seed).run()
+        Ranks(steps, world_size, seed, library=0.3).run()
 
 
 @pytest.mark.parametrize(("case", "world_size"), [("llama", 2), ("gemma3_text", 2), ("phi3", 2)])
