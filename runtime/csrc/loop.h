@@ -93,6 +93,7 @@ class Loop {
         int64_t aborted = -1;                 // or, if negative, everything ends
     };
 
+    static double monotonic_seconds();
     void run();
     bool take_commands();
     bool make_step();
@@ -102,6 +103,11 @@ class Loop {
     template <typename Action>
     bool ask_executor(const Action& action, std::initializer_list<const Batch*> batches);
     void collect_in_flight(const Batch* next);
+    void finish_all(FinishReason reason, const std::string& error);
+    void break_down(std::string what);
+    void publish_stats();
+
+    // What becomes of a step: loop_outcome.cpp.
     void sample_rows(const Batch& batch);
     void sample_row(const SampleTask& task, SampleResult& result);
     void take_draws(const Batch& batch);
@@ -110,9 +116,6 @@ class Loop {
     void apply_row(Outbox::Writer& writer, const SampleTask& task, SampleResult& result);
     void append_token(Outbox::Writer& writer, Sequence& sequence, SampleResult& result);
     void finish(Outbox::Writer& writer, Sequence& sequence, FinishReason reason, const std::string& error = "");
-    void finish_all(FinishReason reason, const std::string& error);
-    void break_down(std::string what);
-    void publish_stats();
 
     LoopConfig config_;
     int32_t vocab_size_;
