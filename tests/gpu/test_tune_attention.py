@@ -38,7 +38,7 @@ class Gpu:
 
     def seconds(self, scene: Any, layers: int) -> float:
         asked = ("prefill",) if scene.contexts[0][1] > 1 else ("decode", "splits")
-        return float(self.gain ** sum(map(is_fastest, asked)))
+        return float(4.0 * self.gain ** sum(map(is_fastest, asked)))
 
     def scene(self, kv_dtype: str, heads: Any, contexts: Any, layers: int) -> Any:
         def run() -> torch.Tensor:
