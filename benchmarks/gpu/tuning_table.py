@@ -20,7 +20,7 @@ _DEFAULTS = {item.name: item.default for item in fields(Tile)}
 _WORDS = (
     *("bf16", "fp8", "int8", "i8", "invariant"),
     *("decode", "128B", "256B", "512B", "few", "some", "many"),
-    *("prefill", "whole", "part", "attend_any", "narrow", "wide", "splits"),
+    *("prefill", "whole", "part", "wide-whole", "wide-part", "attend_any", "narrow", "wide", "splits"),
 )
 
 

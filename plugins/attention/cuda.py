@@ -5,8 +5,8 @@ less of it, down to "<class>"; shape: <heads>x<KV heads>x<head size>. The classe
 
 decode/<row>/<group>  row: bytes of a head's keys of one token, up to "128B", "256B" or "512B"; group: how many heads
                       share a KV head, up to 32 "few", up to 64 "some", else "many"
-prefill/<heads>       "whole" ones are rotated from end to end, "part" in part, or padded to a power of two; "wide" ones
-                      have more than 128 elements
+prefill/<heads>       "whole" ones are rotated from end to end, "part" in part, or padded to a power of two; those of
+                      more than 128 elements are "wide-whole" or "wide-part"
 attend_any/<heads>    of the one kernel of batch-invariant builds: "narrow" or "wide"
 splits                of decode, by how many pairs of queries and KV heads there are
 
@@ -103,11 +103,9 @@ def _shape_class(what: str, operator: Attention) -> str:
         row_bytes = width * ELEMENT_BYTES[layout.kv_dtype]
         rows = "128B" if row_bytes <= 128 else "256B" if row_bytes <= 256 else "512B"
         return f"{what}/{rows}/{'few' if group <= 32 else 'some' if group <= 64 else 'many'}"
-    if width > 128:
-        return f"{what}/wide"
     if what == "attend_any":
-        return f"{what}/narrow"
-    return f"{what}/{'whole' if operator.rot_dim == width else 'part'}"
+        return f"{what}/{'wide' if width > 128 else 'narrow'}"
+    return f"{what}/{'wide-' if width > 128 else ''}{'whole' if operator.rot_dim == width else 'part'}"
 
 
 def _tiles(what: str, operator: Attention, architecture: int) -> Tiles:

@@ -26,7 +26,7 @@ def make(kv_dtype: str, heads: int, kv_heads: int, head_dim: int, rot_dim: int) 
 OPERATORS = [
     make(kv_dtype, 2 * group, 2, head_dim, rot_dim)
     for kv_dtype, group, (head_dim, rot_dim) in product(
-        KV_DTYPES, (1, 32, 33, 64, 65), ((64, 64), (96, 96), (128, 128), (128, 64), (256, 256))
+        KV_DTYPES, (1, 32, 33, 64, 65), ((64, 64), (96, 96), (128, 64), (256, 256), (192, 192))
     )
 ]
 
@@ -67,7 +67,10 @@ def test_entries_are_as_kernels_want_them() -> None:
         ("prefill", "bf16", (32, 8), (128, 128), 86, Tiles(128, 64, 8, 2)),
         ("prefill", "i8", (32, 8), (128, 64), 86, Tiles(64, 64, 8, 2)),
         ("prefill", "fp8", (32, 8), (80, 80), 100, Tiles(128, 64, 8, 2)),
+        ("prefill", "i8", (32, 8), (128, 64), 90, Tiles(64, 64, 8, 2)),
         ("prefill", "fp8", (8, 4), (256, 256), 90, Tiles(32, 64, 4, 2)),
+        ("prefill", "bf16", (8, 4), (256, 256), 90, Tiles(128, 64, 8, 2)),
+        ("prefill", "bf16", (8, 4), (256, 64), 90, Tiles(64, 64, 8, 2)),
         ("attend_any", "bf16", (32, 8), (128, 128), 90, Tiles(64, 64, 8, 2)),
         ("attend_any", "fp8", (32, 8), (128, 128), 89, Tiles(32, 64, 4, 2)),
         ("attend_any", "i8", (8, 4), (256, 256), 90, Tiles(32, 32, 8, 2)),
