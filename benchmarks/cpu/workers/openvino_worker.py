@@ -62,6 +62,27 @@ class OpenVino(Worker):
             raise RuntimeError(f"sequences have {set(counts)} tokens, not {output}")
         return first, time.perf_counter() - started
 
+    def clients(self, clients: int, length: int, output: int, times: int) -> list[list[float]]:
+        """Its package brings no server: each client's next request is added as soon as its last one has ended."""
+        streams: list[list[float]] = []
+        running: dict[int, tuple[Any, list[float], int]] = {}
+        left = [times] * clients
+        while any(left) or running:
+            for client in range(clients):
+                if left[client] and client not in running:
+                    left[client] -= 1
+                    asked = [time.perf_counter()]
+                    running[client] = (self.add(self.prompts(1, length)[0], output), asked, 0)
+            self._pipeline.step()
+            for client, (handle, stream, count) in list(running.items()):
+                if new := read_tokens(handle):
+                    stream.append(time.perf_counter())
+                    running[client] = (handle, stream, count + new)
+                    if count + new == output:
+                        streams.append(stream)
+                        del running[client]
+        return streams
+
 
 def read_tokens(handle: Any) -> int:
     """How many tokens of a request are new."""

@@ -5,7 +5,7 @@
     python X_worker.py first-token MODEL OPTIONS              loads, makes one token, prints the time, ends
     python X_worker.py server MODEL OPTIONS                   becomes the engine's own server
 
-OPTIONS is JSON (see Options). A request is {"kind": "prefill" | "decode", "batch": …, "input": …, "output": …}; its
+OPTIONS is JSON (see Options). A request is {"kind": "prefill" | "decode" | …, "batch": …, "input": …, "output": …}; its
 answer {"value": tokens/s} or {"error": …}. After the last one comes {"peak_rss_bytes": …}.
 """
 
@@ -73,7 +73,7 @@ class Worker:
 
     def server(self, model: Path, options: Options) -> None:
         """Replaces this process by the engine's own server."""
-        raise NotImplementedError("it brings no server of its own")
+        raise NotImplementedError
 
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request."""
@@ -82,7 +82,14 @@ class Worker:
             return {"value": median_rate(length, lambda: self.generate(self.prompts(1, length), 1)[1])}
         if kind == "decode":
             return {"value": median_rate(batch * output, lambda: self.decode_seconds(batch, length, output))}
+        if kind == "clients":
+            self.clients(2, length, 8, 1)
+            return {"streams": self.clients(batch, length, output, request["times"])}
         raise ValueError(f"no such kind: {kind}")
+
+    def clients(self, clients: int, length: int, output: int, times: int) -> list[list[float]]:
+        """Where there is no server: of each request of each client the time it was made, then those of its tokens."""
+        raise NotImplementedError
 
     def decode_seconds(self, batch: int, length: int, output: int) -> float:
         """Of the steps after the first token: told apart in one run, or the difference of two."""
