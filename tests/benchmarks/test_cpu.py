@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -225,7 +226,7 @@ class Fake(Worker):
             raise RuntimeError("eight are too many")
         if len(prompts) == 32:
             raise SystemExit(3)
-        return len(prompts[0]) * 1.0, len(prompts[0]) + (output - 1) * 0.5
+        return [[len(prompt) + step / 2 for step in range(output)] for prompt in prompts]
 main(Fake())
 """
 
@@ -244,6 +245,14 @@ def test_a_worker_answers_fails_and_ends(tmp_path: Path, monkeypatch: pytest.Mon
     assert failures["decode b8"] == "RuntimeError: eight are too many"
     assert "ended with 3" in failures["decode b32"]
     assert set(failures) == {"decode b8", "decode b32", "peak RSS"}
+
+
+def test_decode_counts_while_all_sequences_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(setup.WORKERS)
+    worker = importlib.import_module("worker")
+    # The second begins late, and the first ends early: from 2 to 4, two tokens of the first and four of the other.
+    assert worker.decode_rate([[0.0, 1.0, 2.0, 3.0, 4.0], [2.0, 2.5, 3.0, 3.5, 4.0, 9.0]]) == 3.0
+    assert worker.decode_rate([[1.0, 2.0, 3.0]]) == 1.0
 
 
 def test_the_tokenizer_has_every_token_once_and_reads_back_what_it_wrote(tmp_path: Path) -> None:

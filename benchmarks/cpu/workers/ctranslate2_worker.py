@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Worker, main
+from worker import Options, Prompts, Times, Worker, main
 
 
 class CTranslate2(Worker):
@@ -28,19 +28,16 @@ class CTranslate2(Worker):
         )
         self._tokens = json.loads((model / "vocabulary.json").read_text())
 
-    def generate(self, prompts: Prompts, output: int) -> tuple[float | None, float]:
+    def generate(self, prompts: Prompts, output: int) -> Times:
         texts = [[self._tokens[token] for token in prompt] for prompt in prompts]
-        seen: set[int] = set()
-        first: list[float] = []
+        times: Times = [[] for _ in prompts]
 
         def on_token(step: Any) -> bool:
-            seen.add(step.batch_id)
-            if len(seen) == len(prompts) and not first:
-                first.append(time.perf_counter() - started)
+            times[step.batch_id].append(time.perf_counter() - started)
             return False
 
         started = time.perf_counter()
-        results = self._generator.generate_batch(
+        self._generator.generate_batch(
             texts,
             max_length=output,
             min_length=output,
@@ -48,10 +45,7 @@ class CTranslate2(Worker):
             include_prompt_in_result=False,
             callback=on_token,
         )
-        seconds = time.perf_counter() - started
-        if any(len(result.sequences_ids[0]) != output for result in results):
-            raise RuntimeError(f"a sequence has not {output} tokens")
-        return first[0], seconds
+        return times
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from worker import Options, Prompts, Worker, main
+from worker import Options, Prompts, Times, Worker, main
 
 
 class Enginery(Worker):
@@ -30,34 +30,24 @@ class Enginery(Worker):
             enable_prefix_caching=False,
         )
 
-    def generate(self, prompts: Prompts, output: int) -> tuple[float | None, float]:
+    def generate(self, prompts: Prompts, output: int) -> Times:
         from enginery import SamplingParams
+        from enginery.runtime.pump import Gathering
 
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-        if len(prompts) == 1 and output > 1:
-            return asyncio.run(self._stream(prompts[0], output))
+        times: Times = [[] for _ in prompts]
+        sinks = []
         started = time.perf_counter()
-        outputs = self._engine.generate(prompts, params)
-        seconds = time.perf_counter() - started
-        if any(len(each.outputs[0].token_ids) != output for each in outputs):
-            raise RuntimeError(f"a sequence has not {output} tokens")
-        return (seconds if output == 1 else None), seconds
+        for prompt, sequence in zip(prompts, times, strict=True):
+            # What Engine.generate does with each prompt, but for this note.
+            def take(delta: Any, sequence: list[float] = sequence) -> None:
+                sequence.extend([time.perf_counter() - started] * len(delta.token_ids))
 
-    async def _stream(self, prompt: list[int], output: int) -> tuple[float, float]:
-        from enginery import SamplingParams
-        from enginery.runtime.requests import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=output,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        started, first = time.perf_counter(), 0.0
-        async for _ in self._engine.generate_stream(prompt, params):
-            first = first or time.perf_counter() - started
-        return first, time.perf_counter() - started
+            sinks.append(Gathering(1, take))
+            self._engine.start(prompt, params, sinks[-1])
+        for sink in sinks:
+            sink.done.wait()
+        return times
 
     def server(self, model: Path, options: Options) -> None:
         knobs = {

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Worker, main
+from worker import Options, Prompts, Times, Worker, main
 
 # A short prompt is measured so often, in one process.
 _REPEATS = {512: 5, 2048: 2}
@@ -59,10 +59,10 @@ class Llama(Worker):
             raise RuntimeError(f"llama-batched-bench: {(answer.stderr or answer.stdout).strip()[-300:]}")
         return {"value": statistics.median(row["speed_tg" if decode else "speed_pp"] for row in rows)}
 
-    def generate(self, prompts: list[list[int]], output: int) -> tuple[float | None, float]:
+    def generate(self, prompts: Prompts, output: int) -> Times:
         """Through its Python binding, which only first-token uses."""
         if sys.argv[1] != "first-token":
-            return None, 0.0
+            return []
         from llama_cpp import Llama as Binding
 
         started = time.perf_counter()
@@ -70,7 +70,7 @@ class Llama(Worker):
         binding = Binding(self._model, **options)
         binding.eval(prompts[0])
         binding.sample(temp=0.0)
-        return None, time.perf_counter() - started
+        return [[time.perf_counter() - started]]
 
     def server(self, model: Path, options: Options) -> None:
         knobs = {

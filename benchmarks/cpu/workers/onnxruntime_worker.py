@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Worker, main
+from worker import Options, Prompts, Times, Worker, main
 
 
 class OnnxRuntime(Worker):
@@ -29,7 +29,7 @@ class OnnxRuntime(Worker):
         config.overlay(f'{{"model": {{"decoder": {{"session_options": {threads}}}}}}}')
         self._model = onnxruntime_genai.Model(config)
 
-    def generate(self, prompts: Prompts, output: int) -> tuple[float | None, float]:
+    def generate(self, prompts: Prompts, output: int) -> Times:
         import numpy as np
 
         started = time.perf_counter()
@@ -38,14 +38,11 @@ class OnnxRuntime(Worker):
         params.set_search_options(do_sample=False, batch_size=len(prompts), max_length=length, min_length=length)
         generator = self._genai.Generator(self._model, params)
         generator.append_tokens(np.array(prompts, np.int32))
-        generator.generate_next_token()
-        first = time.perf_counter() - started
-        for _ in range(output - 1):
+        steps = []
+        while not generator.is_done():
             generator.generate_next_token()
-        seconds = time.perf_counter() - started
-        if len(generator.get_sequence(0)) != length:
-            raise RuntimeError(f"a sequence has not {output} tokens")
-        return first, seconds
+            steps.append(time.perf_counter() - started)
+        return [steps] * len(prompts)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Worker, main
+from worker import Options, Prompts, Times, Worker, main
 
 _KV_GIB = 2
 
@@ -48,19 +48,15 @@ class OpenVino(Worker):
         tensor = openvino.Tensor(np.array([prompt], np.int64))
         return self._pipeline.add_request(self._requests, tensor, config)
 
-    def generate(self, prompts: Prompts, output: int) -> tuple[float | None, float]:
+    def generate(self, prompts: Prompts, output: int) -> Times:
         started = time.perf_counter()
         handles = [self.add(prompt, output) for prompt in prompts]
-        counts, first = [0] * len(handles), None
+        times: Times = [[] for _ in prompts]
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
-            for index, handle in enumerate(handles):
-                counts[index] += read_tokens(handle)
-            if first is None and set(counts) == {1}:
-                first = time.perf_counter() - started
-        if set(counts) != {output}:
-            raise RuntimeError(f"sequences have {set(counts)} tokens, not {output}")
-        return first, time.perf_counter() - started
+            for handle, sequence in zip(handles, times, strict=True):
+                sequence.extend([time.perf_counter() - started] * read_tokens(handle))
+        return times
 
     def clients(self, clients: int, length: int, output: int, times: int) -> list[list[float]]:
         """Its package brings no server: each client's next request is added as soon as its last one has ended."""

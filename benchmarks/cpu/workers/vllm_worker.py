@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Worker, main
+from worker import Options, Prompts, Times, Worker, main
 
 _KV_GIB = 2
 _W8A8 = {
@@ -70,17 +70,27 @@ class Vllm(Worker):
             enable_prefix_caching=False,
         )
 
-    def generate(self, prompts: Prompts, output: int) -> tuple[float | None, float]:
+    def generate(self, prompts: Prompts, output: int) -> Times:
         from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=output,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        times: Times = [[] for _ in prompts]
+        engine = self._llm.llm_engine
         started = time.perf_counter()
-        outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        if any(len(each.outputs[0].token_ids) != output for each in outputs):
-            raise RuntimeError(f"a sequence has not {output} tokens")
-        return (seconds if output == 1 else None), seconds
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), params)
+        while engine.has_unfinished_requests():
+            for made in engine.step():
+                new = len(made.outputs[0].token_ids)
+                times[int(made.request_id.split("-")[0])].extend([time.perf_counter() - started] * new)
+        return times
 
     def server(self, model: Path, options: Options) -> None:
         _set_environment(options)

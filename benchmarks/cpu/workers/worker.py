@@ -30,6 +30,8 @@ _ENOUGH_SECONDS, _ENOUGH_TIMES = 3.0, 5
 FIRST_PROMPT = 16
 
 Prompts = list[list[int]]
+# Of each sequence, when each of its tokens came: seconds since it was asked for.
+Times = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,8 @@ class Worker:
         """Imports what is needed, and loads."""
         raise NotImplementedError
 
-    def generate(self, prompts: Prompts, output: int) -> tuple[float | None, float]:
-        """Exactly `output` tokens for each prompt, greedily, through any end-of-sequence.
-
-        Returns the seconds until every sequence has its first token and none has more (None where the engine mixes
-        prompts with decoding, so that there is no such moment), and the seconds of all.
-        """
+    def generate(self, prompts: Prompts, output: int) -> Times:
+        """Exactly `output` tokens for each prompt, greedily, through any end-of-sequence."""
         raise NotImplementedError
 
     def server(self, model: Path, options: Options) -> None:
@@ -79,9 +77,9 @@ class Worker:
         """The answer to a request."""
         kind, batch, length, output = (request[name] for name in ("kind", "batch", "input", "output"))
         if kind == "prefill":
-            return {"value": median_rate(length, lambda: self.generate(self.prompts(1, length), 1)[1])}
+            return {"value": median(lambda: length / self.times(1, length, 1)[0][0])}
         if kind == "decode":
-            return {"value": median_rate(batch * output, lambda: self.decode_seconds(batch, length, output))}
+            return {"value": median(lambda: decode_rate(self.times(batch, length, output + 1)))}
         if kind == "clients":
             self.clients(2, length, 8, 1)
             return {"streams": self.clients(batch, length, output, request["times"])}
@@ -91,12 +89,12 @@ class Worker:
         """Where there is no server: of each request of each client the time it was made, then those of its tokens."""
         raise NotImplementedError
 
-    def decode_seconds(self, batch: int, length: int, output: int) -> float:
-        """Of the steps after the first token: told apart in one run, or the difference of two."""
-        first, total = self.generate(self.prompts(batch, length), output + 1)
-        if first is None:
-            first = self.generate(self.prompts(batch, length), 1)[1]
-        return total - first
+    def times(self, batch: int, length: int, output: int) -> Times:
+        """Of new prompts. Raises RuntimeError where a sequence is shorter or longer."""
+        times = self.generate(self.prompts(batch, length), output)
+        if any(len(sequence) != output for sequence in times):
+            raise RuntimeError(f"sequences have {sorted({len(sequence) for sequence in times})} tokens, not {output}")
+        return times
 
     def prompts(self, batch: int, length: int) -> Prompts:
         """New ones every time: nothing may be found in a cache."""
@@ -109,13 +107,20 @@ class Worker:
         return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 
-def median_rate(tokens: int, seconds: Callable[[], float]) -> float:
-    """tokens/s, of the median of as many runs as fit into a few seconds."""
-    taken: list[float] = []
+def decode_rate(times: Times) -> float:
+    """tokens/s while all sequences decode: from the moment the last one has begun until the first one has ended."""
+    begin, end = max(sequence[0] for sequence in times), min(sequence[-1] for sequence in times)
+    tokens = sum(begin < time <= end for sequence in times for time in sequence)
+    return tokens / (end - begin)
+
+
+def median(rate: Callable[[], float]) -> float:
+    """Of as many runs as fit into a few seconds."""
+    rates: list[float] = []
     started = time.perf_counter()
-    while not taken or (time.perf_counter() - started < _ENOUGH_SECONDS and len(taken) < _ENOUGH_TIMES):
-        taken.append(seconds())
-    return tokens / statistics.median(taken)
+    while not rates or (time.perf_counter() - started < _ENOUGH_SECONDS and len(rates) < _ENOUGH_TIMES):
+        rates.append(rate())
+    return statistics.median(rates)
 
 
 def main(worker: Worker) -> None:
