@@ -255,6 +255,15 @@ def test_decode_counts_while_all_sequences_decode(monkeypatch: pytest.MonkeyPatc
     assert worker.decode_rate([[1.0, 2.0, 3.0]]) == 1.0
 
 
+def test_llama_cpps_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(setup.WORKERS)
+    worker = importlib.import_module("llama_worker")
+    head = "main: n_kv_max = 272\n\n|  PP |  TG |  B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |\n|---|"
+    row = "|   128 |    128 |    1 |    256 |    0.500 |   256.00 |    4.000 |    32.00 |    4.500 |    56.89 |"
+    (figures,) = worker.table_rows(f"{head}\n{row}\n\nllama_perf: |")
+    assert (figures[worker._PP], figures[worker._TG]) == (256.0, 32.0)
+
+
 def test_the_tokenizer_has_every_token_once_and_reads_back_what_it_wrote(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 

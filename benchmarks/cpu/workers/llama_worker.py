@@ -5,7 +5,6 @@ llama-batched-bench measures prefill and decode, each in a process of its own: i
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -18,6 +17,8 @@ from worker import Options, Prompts, Times, Worker, main
 
 # A short prompt is measured so often, in one process.
 _REPEATS = {512: 5, 2048: 2}
+# Columns of its table: PP, TG, B, N_KV, T_PP, S_PP, T_TG, S_TG, T, S.
+_PP, _TG = 5, 7
 
 
 class Llama(Worker):
@@ -43,33 +44,35 @@ class Llama(Worker):
         batch, length, output = (request[name] for name in ("batch", "input", "output"))
         decode = request["kind"] == "decode"
         times = 1 if decode else _REPEATS.get(length, 1)
-        sizes = {
-            "npp": ",".join([str(length)] * times),
-            "ntg": output,
-            "npl": batch,
-            "c": batch * (length + output + 8),
-        }
-        command = [_program("llama-batched-bench"), "-m", self._model, "--output-format", "jsonl"]
-        command += ["-t", str(self.options.threads)]
-        for name, value in sizes.items():
-            command += [f"-{name}", str(value)]
+        rows = self._bench([length] * times, output, batch)
+        return {"value": statistics.median(row[_TG if decode else _PP] for row in rows)}
+
+    def _bench(self, lengths: list[int], output: int, batch: int) -> list[list[float]]:
+        """The rows of its table: tokens/s of prefill and of decode are two of the columns."""
+        sizes = {"npp": ",".join(map(str, lengths)), "ntg": output, "npl": batch}
+        sizes |= {"c": batch * (max(lengths) + output + 8), "t": self.options.threads}
+        flags = [part for name, value in sizes.items() for part in (f"-{name}", str(value))]
+        command = [_program("llama-batched-bench"), "-m", self._model, *flags]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
-        if answer.returncode or len(rows) != times:
+        rows = table_rows(answer.stdout)
+        if answer.returncode or len(rows) != len(lengths):
             raise RuntimeError(f"llama-batched-bench: {(answer.stderr or answer.stdout).strip()[-300:]}")
-        return {"value": statistics.median(row["speed_tg" if decode else "speed_pp"] for row in rows)}
+        return rows
 
     def generate(self, prompts: Prompts, output: int) -> Times:
         """Through its Python binding, which only first-token uses."""
         if sys.argv[1] != "first-token":
             return []
-        from llama_cpp import Llama as Binding
-
         started = time.perf_counter()
-        options = {"n_threads": self.options.threads, "n_ctx": self.options.context, "verbose": False}
-        binding = Binding(self._model, **options)
-        binding.eval(prompts[0])
-        binding.sample(temp=0.0)
+        try:
+            from llama_cpp import Llama as Binding
+        except ImportError:  # ik_llama.cpp has none
+            self._bench([len(prompts[0])], output, 1)
+        else:
+            options = {"n_threads": self.options.threads, "n_ctx": self.options.context, "verbose": False}
+            binding = Binding(self._model, **options)
+            binding.eval(prompts[0])
+            binding.sample(temp=0.0)
         return [[time.perf_counter() - started]]
 
     def server(self, model: Path, options: Options) -> None:
@@ -83,6 +86,12 @@ class Llama(Worker):
         }
         flags = [str(part) for pair in knobs.items() for part in pair]
         os.execv(_program("llama-server"), [_program("llama-server"), *flags])
+
+
+def table_rows(text: str) -> list[list[float]]:
+    """The lines of figures between bars."""
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[float(field) for field in fields] for fields in lines if fields[0].strip().isdigit()]
 
 
 def _program(name: str) -> str:

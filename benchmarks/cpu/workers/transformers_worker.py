@@ -22,8 +22,9 @@ class Transformers(Worker):
 
         torch.set_num_threads(options.threads)
         self._torch = torch
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa")
-        self._model.eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
 
     def generate(self, prompts: Prompts, output: int) -> Times:
         from transformers import StoppingCriteriaList
