@@ -195,7 +195,7 @@ class _Worker:
 
 @contextmanager
 def _worker(task: Task, name: str, options: str) -> Iterator[_Worker]:
-    """A process in a session of its own, for as long as it is asked."""
+    """A process group of its own, for as long as it is asked."""
     log = WORK / "logs" / f"{name}.{task.engine.folder}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file, tempfile.TemporaryDirectory() as directory:
@@ -208,7 +208,7 @@ def _worker(task: Task, name: str, options: str) -> Iterator[_Worker]:
             text=True,
             cwd=directory,
             env=environment(task.engine, task.threads),
-            start_new_session=True,
+            process_group=0,
         )
         try:
             yield _Worker(process, started, log)
