@@ -49,6 +49,10 @@ class Enginery(Worker):
             sink.done.wait()
         return times
 
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._engine.encode(text)
+        return ids
+
     def server(self, model: Path, options: Options) -> None:
         knobs = {
             "port": options.port,

@@ -37,6 +37,8 @@ class Llama(Worker):
         subprocess.run(command, check=True, stdout=sys.stderr)
         plain.unlink()
 
+    _binding: Any = None
+
     def load(self, model: Path, options: Options) -> None:
         self._model = str(model / "model.gguf")
 
@@ -59,20 +61,23 @@ class Llama(Worker):
             raise RuntimeError(f"llama-batched-bench: {(answer.stderr or answer.stdout).strip()[-300:]}")
         return rows
 
-    def generate(self, prompts: Prompts, output: int) -> Times:
-        """Through its Python binding, which only first-token uses."""
-        if sys.argv[1] != "first-token":
-            return []
-        started = time.perf_counter()
+    def encode(self, text: str) -> list[int]:
+        """Only first-token asks: its Python binding is loaded then."""
         try:
             from llama_cpp import Llama as Binding
-        except ImportError:  # ik_llama.cpp has none
+        except ImportError:  # ik_llama.cpp has none, and its program no text
+            return [0] * (len(text) // 4)
+        options = {"n_threads": self.options.threads, "n_ctx": self.options.context, "verbose": False}
+        self._binding = Binding(self._model, **options)
+        return list(self._binding.tokenize(text.encode()))
+
+    def generate(self, prompts: Prompts, output: int) -> Times:
+        started = time.perf_counter()
+        if self._binding is not None:
+            self._binding.eval(prompts[0])
+            self._binding.sample(temp=0.0)
+        elif sys.argv[1] == "first-token":
             self._bench([len(prompts[0])], output, 1)
-        else:
-            options = {"n_threads": self.options.threads, "n_ctx": self.options.context, "verbose": False}
-            binding = Binding(self._model, **options)
-            binding.eval(prompts[0])
-            binding.sample(temp=0.0)
         return [[time.perf_counter() - started]]
 
     def server(self, model: Path, options: Options) -> None:

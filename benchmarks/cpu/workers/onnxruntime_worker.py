@@ -44,6 +44,10 @@ class OnnxRuntime(Worker):
             steps.append(time.perf_counter() - started)
         return [steps] * len(prompts)
 
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._genai.Tokenizer(self._model).encode(text).tolist()
+        return ids
+
 
 if __name__ == "__main__":
     main(OnnxRuntime())

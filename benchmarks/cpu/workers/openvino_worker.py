@@ -58,6 +58,10 @@ class OpenVino(Worker):
                 sequence.extend([time.perf_counter() - started] * read_tokens(handle))
         return times
 
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._pipeline.get_tokenizer().encode(text).input_ids.data[0].tolist()
+        return ids
+
     def clients(self, clients: int, length: int, output: int, times: int) -> list[list[float]]:
         """Its package brings no server: each client's next request is added as soon as its last one has ended."""
         streams: list[list[float]] = []

@@ -21,10 +21,9 @@ class Transformers(Worker):
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(options.threads)
-        self._torch = torch
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        self._torch, self._path = torch, model
+        model_class: Any = AutoModelForCausalLM
+        self._model = model_class.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
     def generate(self, prompts: Prompts, output: int) -> Times:
         from transformers import StoppingCriteriaList
@@ -48,6 +47,12 @@ class Transformers(Worker):
                 stopping_criteria=StoppingCriteriaList([on_token]),
             )
         return [steps] * len(prompts)
+
+    def encode(self, text: str) -> list[int]:
+        from transformers import AutoTokenizer
+
+        ids: list[int] = AutoTokenizer.from_pretrained(self._path).encode(text)
+        return ids
 
 
 if __name__ == "__main__":

@@ -92,6 +92,10 @@ class Vllm(Worker):
                 times[int(made.request_id.split("-")[0])].extend([time.perf_counter() - started] * new)
         return times
 
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._llm.get_tokenizer().encode(text)
+        return ids
+
     def server(self, model: Path, options: Options) -> None:
         _set_environment(options)
         command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--dtype", "bfloat16"]

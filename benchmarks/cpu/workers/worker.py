@@ -2,7 +2,7 @@
 
     python X_worker.py convert CHECKPOINT MODEL PRECISION     writes the model that the engine loads
     python X_worker.py measure MODEL OPTIONS                  loads, then answers requests, a JSON line each
-    python X_worker.py first-token MODEL OPTIONS              loads, makes one token, prints the time, ends
+    python X_worker.py first-token MODEL OPTIONS              loads, answers a text with one token, tells when, ends
     python X_worker.py server MODEL OPTIONS                   becomes the engine's own server
 
 OPTIONS is JSON (see Options). A request is {"kind": "prefill" | "decode" | …, "batch": …, "input": …, "output": …}; its
@@ -26,8 +26,8 @@ from typing import Any
 
 # A cell that is over sooner is measured again, and the median counts.
 _ENOUGH_SECONDS, _ENOUGH_TIMES = 3.0, 5
-# Of the text that first-token asks with, in random tokens.
-FIRST_PROMPT = 16
+# What first-token asks.
+_QUESTION = "Once upon a time, there was a girl named Lily. She lived near the barn."
 
 Prompts = list[list[int]]
 # Of each sequence, when each of its tokens came: seconds since it was asked for.
@@ -67,6 +67,10 @@ class Worker:
 
     def generate(self, prompts: Prompts, output: int) -> Times:
         """Exactly `output` tokens for each prompt, greedily, through any end-of-sequence."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, by the engine's own tokenizer."""
         raise NotImplementedError
 
     def server(self, model: Path, options: Options) -> None:
@@ -136,7 +140,7 @@ def main(worker: Worker) -> None:
     answer = _answer_stream()
     worker.load(model, options)
     if command == "first-token":
-        worker.generate([worker.prompts(1, FIRST_PROMPT)[0]], 1)
+        worker.generate([worker.encode(_QUESTION)], 1)
         answer({"time": time.time()})
         # The interpreter's way out belongs to the process, and is measured with it.
         return
