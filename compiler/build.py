@@ -40,7 +40,7 @@ from .write import weights_layout, write_weights
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What `build-engine` was asked for. max_model_len: 0 means the model's own."""
+    """What `build-engine` was asked for. max_model_len, group_size: 0 means the model's own, the precision's."""
 
     model: str
     output: Path | None
@@ -53,6 +53,8 @@ class BuildRequest:
     force: bool = False
     num_threads: int = 2
     batch_invariant: bool = False
+    group_size: int = 0
+    zero_points: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     Raises CheckpointError, CompileError or TargetError with all that is wrong.
     """
     target = find_target(request.target)
-    precision = find_precision(request.precision, target)
+    precision = find_precision(request.precision, target, request.group_size, request.zero_points)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
     source = find_checkpoint(request.model)
     config = read_config(source.directory)

@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from ..engines.command_line import Command
 from ..engines.errors import EngineryError
+from ..engines.layouts import GROUPS
 from ..engines.precisions import KV_CACHE_DTYPES, PRECISIONS
 from ..engines.sizes import format_bytes, parse_bytes
 from ..engines.targets import target_names
@@ -37,6 +38,12 @@ _REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
 )
 @click.option("--precision", default="int8", show_default=True, help=f"{', '.join(PRECISIONS)}.")
 @click.option("--kv-cache-dtype", default="auto", show_default=True, help=f"auto, {', '.join(KV_CACHE_DTYPES)}.")
+@click.option(
+    "--group-size",
+    type=click.Choice([str(group) for group in GROUPS]),
+    help=f"Of int4: weights that share a scale. [default: {GROUPS[0]}]",
+)
+@click.option("--zero-points", is_flag=True, help="Of int4: each group has a zero point too; more exact, slower.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Default context length. [default: the model's own]")
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1, 64), default=1, show_default=True, help="Ranks to shard for."
@@ -61,6 +68,8 @@ def build_engine(
     target: str,
     precision: str,
     kv_cache_dtype: str,
+    group_size: str | None,
+    zero_points: bool,
     max_model_len: int | None,
     tensor_parallel_size: int,
     batch_invariant: bool,
@@ -96,6 +105,8 @@ def build_engine(
         force=force,
         num_threads=threads,
         batch_invariant=batch_invariant,
+        group_size=int(group_size or 0),
+        zero_points=zero_points,
     )
     # From here on there is something to put away.
     signal.signal(signal.SIGINT, signal.default_int_handler)

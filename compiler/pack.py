@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..engines.layouts import LAYOUTS, ROW_PADDING
 from ..engines.targets import host_features
 from ..plugins.linear import layouts
+from ..plugins.linear.quantize_int4 import quantize_int4
 
 PackRows = Callable[..., int]
 # What pack.cpp is compiled for.
@@ -36,8 +37,9 @@ def pack_rows(
     k: int,
     layout: str,
     out: NDArray[np.uint8],
-    scale: NDArray[np.float32] | None = None,
+    scale: NDArray[np.float32] | NDArray[np.uint16] | None = None,
     sums: NDArray[np.int32] | None = None,
+    zeros: NDArray[np.uint8] | None = None,
     *,
     add: float = 0.0,
     stride: int = 1,
@@ -45,7 +47,7 @@ def pack_rows(
 ) -> int:
     """Packs `n` stored rows of `k` values, each plus `add`, into `out`: panel p at p · stride, or row r at r · stride.
 
-    scale, sums: of each row, placed as the rows are. Returns the least row · k + column whose value is
+    scale (f32, or of groups the bits of f16), sums, zeros: of each row, placed as the rows are. Returns the least row · k + column whose value is
     not finite in the layout, or -1; where there is one, what is written means nothing. num_threads: as pack.cpp has it.
     """
     values = _values(source, source_dtype, add).reshape(n, k)
@@ -59,6 +61,11 @@ def pack_rows(
         if scale is not None:
             _place(scales.reshape(n, 1), scale, stride)
         return -1
+    if LAYOUTS[layout].group:
+        assert scale is not None
+        codes, halves, zero_points = quantize_int4(values, LAYOUTS[layout].group, symmetric=not LAYOUTS[layout].zeros)
+        place_codes(codes, halves, zero_points, layout, out, scale, zeros, stride)
+        return -1
     if layout == "int8_k4n16.v0":
         assert scale is not None
         assert sums is not None
@@ -70,6 +77,25 @@ def pack_rows(
         packed = layouts.pack_bf16_k2n16(values) if layout == "bf16_k2n16.v0" else layouts.pack_f32_k1n16(values)
     _place(packed.reshape(len(packed), -1).view(np.uint8), out, stride)
     return -1
+
+
+def place_codes(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    zero_points: NDArray[np.uint8],
+    layout: str,
+    out: NDArray[np.uint8],
+    scale: NDArray[Any],
+    zeros: NDArray[np.uint8] | None,
+    stride: int,
+) -> None:
+    """Codes [n, k], scales and zero points [n, G] into the panels of a layout in groups."""
+    groups = LAYOUTS[layout].num_groups(codes.shape[1])
+    packed = layouts.pack_int4_k8n16(codes)
+    _place(packed.reshape(len(packed), -1), out, stride)
+    _place(layouts.pack_groups(scales.view(np.uint16), groups).reshape(len(packed), -1), scale, stride)
+    if zeros is not None:
+        _place(layouts.pack_groups(zero_points, groups).reshape(len(packed), -1), zeros, stride)
 
 
 def _values(source: NDArray[np.uint8], dtype: str, add: float) -> NDArray[np.float32]:

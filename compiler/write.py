@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +52,43 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
     return FileEntry("weights", "safetensors", layout.size, whole, chunks, rank)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside a matrix, row by row; groups: how many elements of scales and zeros a row has."""
+
+    groups: int
+    scale: NDArray[np.float32] | NDArray[np.uint16] | None = None
+    sum: NDArray[np.int32] | None = None
+    zero: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of(cls, name: str, rows: int, columns: int) -> Beside:
+        """Zeros for a matrix of the layout `name`."""
+        layout = LAYOUTS[name]
+        groups = layout.num_groups(columns)
+        return cls(
+            groups,
+            np.zeros(rows * groups, np.uint16 if layout.group else np.float32) if layout.scaled else None,
+            np.zeros(rows, np.int32) if name in WITH_SUMS else None,
+            np.zeros(rows * groups, np.uint8) if layout.zeros else None,
+        )
+
+    def from_row(self, row: int) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None]:
+        """scale, sum and zero from `row` on, a multiple of 16 where there are panels."""
+        at = row * self.groups
+        return (
+            None if self.scale is None else self.scale[at:],
+            None if self.sum is None else self.sum[row:],
+            None if self.zero is None else self.zero[at:],
+        )
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Those that there are, by what is appended to the matrix's name, in the order of the file."""
+        for name, array in (("scale", self.scale), ("zero", self.zero), ("sum", self.sum)):
+            if array is not None:
+                yield name, array
+
+
 class _Packer:
     """Packs one tensor after the other into a file."""
 
@@ -74,13 +113,12 @@ class _Packer:
         halves = _halves(weight) if job.gated else [weight]
         count, columns = halves[0].num_rows, weight.num_columns
         source_row = columns * ELEMENT_BYTES[weight.dtype]
-        row_bytes = round_up(columns, layout.column_padding) * layout.element_bytes
+        row_bytes = layout.row_bytes(columns)
         total = round_up(tensor.rows, layout.row_padding)
         step = max(round_up(_CHUNK_BYTES // max(source_row, 1), ROW_PADDING), ROW_PADDING)
         if len(self._source) < step * source_row:
             self._source = np.empty(step * source_row, np.uint8)
-        scale = np.zeros(total, np.float32) if layout.scaled else None
-        sums = np.zeros(total, np.int32) if tensor.layout in WITH_SUMS else None
+        beside = Beside.of(tensor.layout, total, columns)
         offset = self._layout.placed[tensor.name].offset
         for start in range(0, count, step):
             stop = min(start + step, count)
@@ -89,12 +127,10 @@ class _Packer:
             if stop == count and not layout.panels:
                 out[(stop - start) * len(halves) * row_bytes :] = 0
             for index, half in enumerate(halves):
-                self._pack(half, (start, stop), job, out, first, index, scale, sums)
+                self._pack(half, (start, stop), job, out, first, index, beside)
             self._append(out.data, offset + first * row_bytes)
-        if scale is not None:
-            self._put(f"{tensor.name}.scale", scale)
-        if sums is not None:
-            self._put(f"{tensor.name}.sum", sums)
+        for name, array in beside.arrays():
+            self._put(f"{tensor.name}.{name}", array)
 
     def _pack(
         self,
@@ -104,14 +140,13 @@ class _Packer:
         out: NDArray[np.uint8],
         first: int,
         half: int,
-        scale: NDArray[np.float32] | None,
-        sums: NDArray[np.int32] | None,
+        beside: Beside,
     ) -> None:
         """Rows [start, stop) of `weight` into `out`, whose first row is the tensor's row `first`."""
         tensor, layout = job.tensor, LAYOUTS[job.tensor.layout]
         start, stop = rows
         skipped = half * (ROW_PADDING if layout.panels else 1)
-        row_bytes = round_up(tensor.columns, layout.column_padding) * layout.element_bytes
+        row_bytes = layout.row_bytes(tensor.columns)
         bad = self._pack_rows(
             weight.read(start, stop, self._source),
             weight.dtype.lower(),
@@ -119,8 +154,7 @@ class _Packer:
             tensor.columns,
             tensor.layout,
             out[skipped * row_bytes :],
-            None if scale is None else scale[first + skipped :],
-            None if sums is None else sums[first + skipped :],
+            *beside.from_row(first + skipped),
             add=weight.add,
             stride=2 if job.gated else 1,
             num_threads=self._num_threads,
@@ -128,8 +162,8 @@ class _Packer:
         if bad >= 0:
             raise _non_finite(weight, start + bad // tensor.columns, bad % tensor.columns, tensor.layout)
 
-    def _put(self, name: str, array: NDArray[np.float32] | NDArray[np.int32]) -> None:
-        self._append(array.data, self._layout.placed[name].offset)
+    def _put(self, name: str, array: NDArray[Any]) -> None:
+        self._append(array.view(np.uint8).data, self._layout.placed[name].offset)
 
     def _append(self, data: memoryview, offset: int) -> None:
         """Tensors come in the order of the file."""

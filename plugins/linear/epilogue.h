@@ -29,8 +29,9 @@ ENGINERY_INLINE VecF activate(Activation kind, VecF x) {
 }
 
 // The sums of weight rows from `row` on, scaled and biased. `scale` is the activation row's.
-ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const float* sums, int64_t row, VecF) {
-    const VecF x = load(sums);
+ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const float* sums, int64_t row, VecF scale) {
+    VecF x = load(sums);
+    if (e.activation_scale != nullptr) x = x * scale;
     return e.bias == nullptr ? x : x + load(e.bias + row);
 }
 ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const int32_t* sums, int64_t row, VecF scale) {

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...engines.layouts import GROUPS
+
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 Halves = NDArray[np.float16]
 
-GROUPS = (32, 64, 128)
 SYMMETRIC_ZERO = 8
 _LARGEST_CODE = 15
 _LARGEST_HALF = np.float32(65504)

@@ -1,4 +1,4 @@
-"""What int8 costs on a trained checkpoint: perplexity, KL divergence and top-1 agreement against the fp32 engine."""
+"""What int8 and int4 cost on a trained checkpoint: perplexity, KL divergence and top-1 agreement against the fp32 engine."""
 
 from __future__ import annotations
 
@@ -65,12 +65,22 @@ class Measured:
         return float(np.exp(-self.targets.mean()))
 
 
-def test_int8_stays_near_fp32(tmp_path: Path) -> None:
+# Of each precision the most that it may cost: perplexity in percent, mean KL divergence, and top-1 agreement that is left.
+BOUNDS: dict[str, tuple[dict[str, Any], float, float, float]] = {
+    "bf16": ({"precision": "bf16"}, 0.08, 0.0012, 0.97),
+    "int8": ({"precision": "int8"}, 0.25, 0.0025, 0.97),
+    "int4": ({"precision": "int4"}, 16.0, 0.16, 0.79),
+    "int4, zero points": ({"precision": "int4", "zero_points": True}, 9.6, 0.11, 0.83),
+    "int4, groups of 128": ({"precision": "int4", "group_size": 128}, 20.0, 0.19, 0.77),
+}
+
+
+def test_precisions_stay_near_fp32(tmp_path: Path) -> None:
     texts = windows()
     exact = Measured(tmp_path / "fp32", texts, precision="fp32")
     assert exact.perplexity == pytest.approx(4.6252, rel=1e-3)
-    for precision, bound, divergence, agreement in (("bf16", 0.08, 0.0012, 0.97), ("int8", 0.25, 0.0025, 0.97)):
-        got = Measured(tmp_path / precision, texts, precision=precision)
+    for precision, (options, bound, divergence, agreement) in BOUNDS.items():
+        got = Measured(tmp_path / precision, texts, **options)
         change = 100 * (got.perplexity / exact.perplexity - 1)
         fine, coarse = exact.distributions, got.distributions
         kl = float((np.exp(fine) * (fine - coarse)).sum(-1).mean())
