@@ -30,10 +30,14 @@ struct RowTile {
     int64_t first_row, rows, index, count;
 };
 
+// So few rows are multiplied as fast as their weights come, and the processor's own prefetching does better.
+inline constexpr int64_t kFewRows = 2;
+
 // Tiles share the work of bringing the panels of the next block near.
 inline int panels_ahead(const std::byte** ahead, const std::byte* weight, int64_t all_steps, const Block& next,
                         const RowTile& tile) {
     int count = 0;
+    if (tile.count == 1 && tile.rows <= kFewRows) return count;
     for (int64_t p = tile.index; p < next.panels; p += tile.count) {
         ahead[count++] = weight + ((next.panel + p) * all_steps + next.first_step) * kPanelStep;
     }
@@ -51,8 +55,10 @@ class PanelProduct {
         : o_(operands), activations_(o_.activations.at<const std::byte>(team)) {}
 
     static int64_t most_rows(int panels) { return enginery::ENGINERY_ISA::most_rows<Dot>(panels); }
+    // Many streams from memory at once make each of them slow: two panels where rows, not memory, are the limit.
     static bool suits(int panels, int64_t rows) {
-        return most_rows(panels) >= std::min<int64_t>(rows, 8) || panels * rows <= Dot::kTiles;
+        return rows <= kFewRows ? panels * rows <= Dot::kTiles
+                                : panels <= 2 && most_rows(panels) >= std::min<int64_t>(rows, 8);
     }
 
     // out [rows][stride], panel p at 16 p: what the block gives, added to what is there if `add`.
@@ -94,7 +100,9 @@ class GroupProduct {
           sums_(o_.activation_sums.at<const int32_t>(team)) {}
 
     static int64_t most_rows(int panels) { return most_group_rows(panels); }
-    static bool suits(int panels, int64_t rows) { return panels * std::min<int64_t>(rows, 6) <= kGroupTiles; }
+    static bool suits(int panels, int64_t rows) {
+        return panels <= (rows <= kFewRows ? 4 : 2) && panels * std::min<int64_t>(rows, 6) <= kGroupTiles;
+    }
 
     void multiply(const Block& block, const RowTile& tile, const Block& next, float* out, int64_t stride,
                   bool add) const {
