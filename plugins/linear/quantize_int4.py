@@ -5,6 +5,9 @@ A group is `group` columns of a row (the last one of a row may be shorter) with 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,7 +41,7 @@ def quantize_int4(w: Floats, group: int, symmetric: bool, moments: Floats | None
     assert group in GROUPS
     w = np.asarray(w, np.float32)
     if moments is not None:
-        return quantize_gptq(w, group, symmetric, moments)
+        return quantize_gptq(w, group, symmetric, find_feedback(moments))
     groups = np.pad(w, ((0, 0), (0, -w.shape[1] % group))).reshape(len(w), -1, group)
     columns = np.moveaxis(groups, 2, 0)
     scales, zeros = _nearest_grid(columns, symmetric)
@@ -53,63 +56,62 @@ def dequantize_int4(codes: Codes, scales: Halves, zeros: Codes, group: int) -> F
     return steps * scales.astype(np.float32)[:, columns]
 
 
-def quantize_gptq(w: Floats, group: int, symmetric: bool, moments: Floats) -> tuple[Codes, Halves, Codes]:
+@dataclass(frozen=True)
+class Feedback:
+    """What GPTQ knows of the inputs, in blocks of 128 columns.
+
+    shares  [blocks, 128, 128]: how much of a column's error each column after it makes up for
+    weights [blocks, 128]: what an error of the column costs where nothing makes up for it, 1 at most
+    """
+
+    shares: Floats
+    weights: Floats
+
+
+def find_feedback(moments: Floats) -> Feedback:
+    """[blocks, 128, 128], E[x xᵀ], dampened by a hundredth of the mean of its diagonal.
+
+    With H = V D Vᵀ, V upper triangular with ones on its diagonal, the shares are V⁻¹: the rows of the Cholesky factor
+    of H⁻¹ (Frantar et al., GPTQ, 2022), each divided by its diagonal.
+    """
+    shares = np.broadcast_to(np.eye(BLOCK), moments.shape).copy()
+    weights = np.empty(moments.shape[:2], np.float32)
+    for h, share, weight in zip(moments.astype(np.float64), shares, weights, strict=True):
+        diagonal = np.einsum("ii->i", h)
+        seen = diagonal > 0
+        diagonal += _DAMPING * math.fsum(diagonal) / seen.sum() if seen.any() else 1.0
+        weight[:] = diagonal / diagonal.max()
+        for j in range(BLOCK - 1, 0, -1):
+            column = h[:j, j] / h[j, j]
+            h[:j, :j] -= column[:, None] * h[:j, j]
+            share[:j, j:] -= column[:, None] * share[j, j:]
+    return Feedback(shares.astype(np.float32), weights)
+
+
+def quantize_gptq(w: Floats, group: int, symmetric: bool, feedback: Feedback) -> tuple[Codes, Halves, Codes]:
     """GPTQ (Frantar et al., 2022), each block of 128 columns by itself; shapes as in `quantize_int4`.
 
-    Column after column is rounded, and those after it in its block make up for the error as the moments, dampened by
-    a hundredth of their mean, say they can. A group's scale and zero are chosen when its first column is reached, out
-    of some that clip, by the error that the diagonal weighs. Rows do not depend on each other. No sum is left to a
-    library that would add in an order of its own: the same bytes on any machine.
+    Column after column is rounded, and those after it in its block make up for the error. A group's scale and zero are
+    chosen when its first column is reached, out of some that clip, by the weighted error. Rows do not depend on each
+    other. No sum is left to a library that would add in an order of its own: the same bytes on any machine.
     """
     n, k = w.shape
     num_groups = -(-k // group)
-    codes, scales, zeros = (
-        np.empty((k, n), np.uint8),
-        np.empty((num_groups, n), np.float16),
-        np.empty((num_groups, n), np.uint8),
-    )
-    feedback, weights = _feedback(moments)
+    codes = np.empty((k, n), np.uint8)
+    scales, zeros = np.empty((num_groups, n), np.float16), np.empty((num_groups, n), np.uint8)
     for block, begin in enumerate(range(0, k, BLOCK)):
         left = np.ascontiguousarray(np.clip(w[:, begin : begin + BLOCK].T, -_LARGEST, _LARGEST))
         for start in range(0, len(left), group):
             stop, index = min(start + group, len(left)), (begin + start) // group
-            scale, zero = _search_grid(left[start:stop], symmetric, weights[block, start:stop])
+            scale, zero = _search_grid(left[start:stop], symmetric, feedback.weights[block, start:stop])
             scales[index], zeros[index] = scale, zero
-            wide, divisor = scale.astype(np.float32), _divisor(scale)
-            offset = zero.astype(np.float32)
+            wide, divisor, offset = scale.astype(np.float32), _divisor(scale), zero.astype(np.float32)
             for column in range(start, stop):
                 step = np.clip(np.rint(left[column] / divisor) + offset, 0, _LARGEST_CODE)
                 codes[begin + column] = step
                 error = left[column] - (step - offset) * wide
-                left[column + 1 :] -= feedback[block, column, column + 1 : len(left), None] * error
+                left[column + 1 :] -= feedback.shares[block, column, column + 1 : len(left), None] * error
     return codes.T.copy(), scales.T.copy(), zeros.T.copy()
-
-
-def _feedback(moments: Floats) -> tuple[Floats, Floats]:
-    """[blocks, 128, 128] -> how the error of each column changes those after it, and the diagonal over its largest.
-
-    The rows of the Cholesky factor of the moments' inverse, each divided by its diagonal.
-    """
-    h = moments.astype(np.float64)
-    diagonal = np.einsum("bii->bi", h)
-    alive = (diagonal > 0).sum(axis=1)
-    damping = _DAMPING * diagonal.cumsum(axis=1)[:, -1] / np.maximum(alive, 1)
-    diagonal += np.where(damping > 0, damping, 1.0)[:, None]
-    weights = (diagonal / diagonal.max(axis=1, keepdims=True)).astype(np.float32)
-    inverse = np.broadcast_to(np.eye(h.shape[1]), h.shape).copy()
-    for i in range(h.shape[1]):  # Gauss and Jordan; what is positive definite needs no pivots
-        pivot = h[:, i, i, None]
-        row, right = h[:, i] / pivot, inverse[:, i] / pivot
-        factor = h[:, :, i].copy()
-        factor[:, i] = 0
-        h -= factor[:, :, None] * row[:, None]
-        inverse -= factor[:, :, None] * right[:, None]
-        h[:, i], inverse[:, i] = row, right
-    feedback = np.zeros_like(inverse)
-    for i in range(h.shape[1]):
-        feedback[:, i, i:] = inverse[:, i, i:] / inverse[:, i, i, None]
-        inverse[:, i:, i:] -= inverse[:, i:, i, None] * feedback[:, i, None, i:]
-    return feedback.astype(np.float32), weights
 
 
 def _search_grid(w: Floats, symmetric: bool, weights: Floats) -> tuple[Halves, Codes]:
@@ -144,7 +146,8 @@ def _nearest_grid(w: Floats, symmetric: bool) -> tuple[Halves, Codes]:
 def _encode(w: Floats, scales: Halves, zeros: Codes) -> Codes:
     """[group, ...] -> codes."""
     steps = np.rint(w / _divisor(scales)) + zeros.astype(np.float32)
-    return np.clip(steps, 0, _LARGEST_CODE).astype(np.uint8)
+    codes: Codes = np.clip(steps, 0, _LARGEST_CODE).astype(np.uint8)
+    return codes
 
 
 def _to_half(scales: Floats) -> Halves:
