@@ -147,15 +147,19 @@ class _Packer:
         start, stop = rows
         skipped = half * (ROW_PADDING if layout.panels else 1)
         row_bytes = layout.row_bytes(tensor.columns)
+        if weight.stored_as_is:
+            source, dtype, add = weight.read(start, stop, self._source), weight.dtype.lower(), weight.add
+        else:
+            source, dtype, add = weight.values(start, stop).view(np.uint8), "f32", 0.0
         bad = self._pack_rows(
-            weight.read(start, stop, self._source),
-            weight.dtype.lower(),
+            source,
+            dtype,
             stop - start,
             tensor.columns,
             tensor.layout,
             out[skipped * row_bytes :],
             *beside.from_row(first + skipped),
-            add=weight.add,
+            add=add,
             stride=2 if job.gated else 1,
             num_threads=self._num_threads,
         )
