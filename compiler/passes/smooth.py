@@ -28,8 +28,8 @@ Floats = NDArray[np.float32]
 
 # How much of an outlier moves from the activation to the weight: SmoothQuant's α, of which the best one is taken.
 _STRENGTHS = (0.5, 0.25, 0.75)
-# No factor leaves 2^±this.
-_MOST_BITS = 12
+# No factor leaves 2^±this; what is less than 2^±that does not stand out.
+_MOST_BITS, _LEAST_BITS = 12, 2
 _CHUNK_ELEMENTS = 1 << 20
 
 
@@ -41,18 +41,19 @@ def smooth(g: GraphBuilder, options: Options) -> None:
     calibration.require([weight_of(input_of(node, 1)) for node in g.graph if is_ours(node, "Linear")])
     for node in list(g.graph):
         if is_ours(node, "RmsNorm") and node.inputs[3] is not None:
-            _smooth(g.graph, node, calibration, (3,))
+            _smooth(g.graph, node, options, (3,))
         elif is_ours(node, "Linear") and attribute(node, "activation") != "none":
-            _smooth(g.graph, node, calibration, (1, 2))
+            _smooth(g.graph, node, options, (1, 2))
 
 
-def _smooth(graph: ir.Graph, node: ir.Node, calibration: Calibration, divided: tuple[int, ...]) -> None:
+def _smooth(graph: ir.Graph, node: ir.Node, options: Options, divided: tuple[int, ...]) -> None:
     """`divided`: the inputs of `node` whose last rows, as many as there are channels, take the division."""
     readers = users(node.outputs[0])
     if not readers or not all(_reads_alone(reader, node.outputs[0]) for reader in readers):
         return
     weights = [weight_of(input_of(reader, 1)) for reader in readers]
-    factors = Factors(partial(_choose, calibration, weights))
+    assert options.calibration is not None
+    factors = Factors(partial(_choose, options.calibration, _group_of(options, readers[0]), weights))
     for index in divided:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None:
@@ -60,6 +61,11 @@ def _smooth(graph: ir.Graph, node: ir.Node, calibration: Calibration, divided: t
             _multiply(graph, node, index, weight_of(value).times(rows=rows))
     for reader, weight in zip(readers, weights, strict=True):
         _multiply(graph, reader, 1, weight.times(columns=factors))
+
+
+def _group_of(options: Options, reader: ir.Node) -> int:
+    """How many weights of a row share a scale; 0: all."""
+    return 0
 
 
 def _reads_alone(reader: ir.Node, value: ir.Value) -> bool:
@@ -83,39 +89,51 @@ def _last_rows(num_rows: int, factors: Factors) -> Floats:
     return out
 
 
-def _choose(calibration: Calibration, weights: Sequence[Weight]) -> Floats:
+def _choose(calibration: Calibration, group: int, weights: Sequence[Weight]) -> Floats:
     """[K]: what the columns of `weights`, which read one activation, are multiplied by."""
     absmax, squares = calibration.absmax(weights[0]), calibration.mean_squares(weights[0])
     largest = np.max([np.abs(chunk).max(axis=0) for weight in weights for chunk in _chunks(weight)], axis=0)
-    tried = [np.ones(len(absmax), np.float32)] + [_factors(absmax, largest, strength) for strength in _STRENGTHS]
-    errors = [_expected_error(weights, factors, absmax, squares) for factors in tried]
+    exponents = [_exponents(absmax, largest, strength) for strength in _STRENGTHS]
+    # Those that move only what stands out, too: groups of four bits suffer from what moves within them.
+    exponents += [np.where(np.abs(each) < _LEAST_BITS, 0, each) for each in exponents]
+    tried = [np.ldexp(np.float32(1), each) for each in (np.zeros(len(absmax), np.int32), *exponents)]
+    errors = [_expected_error(weights, factors, absmax, squares, group) for factors in tried]
     return tried[int(np.argmin(errors))]
 
 
-def _factors(absmax: Floats, largest: Floats, strength: float) -> Floats:
-    """absmax^α / largest^(1 - α) to the nearest power of two, in the middle 1; 1 where a channel is dead."""
+def _exponents(absmax: Floats, largest: Floats, strength: float) -> NDArray[np.int32]:
+    """log2 of absmax^α / largest^(1 - α), rounded, in the middle 0; 0 where a channel is dead."""
+    exponents = np.zeros(len(absmax), np.int32)
     alive = (absmax > 0) & (largest > 0)
-    if not alive.any():
-        return np.ones(len(absmax), np.float32)
-    bits = strength * np.log2(absmax[alive]) - (1 - strength) * np.log2(largest[alive])
-    exponents = np.zeros(len(absmax))
-    exponents[alive] = np.clip(np.rint(bits - np.median(bits)), -_MOST_BITS, _MOST_BITS)
-    return np.ldexp(np.float32(1), exponents.astype(np.int32))
+    if alive.any():
+        bits = strength * np.log2(absmax[alive]) - (1 - strength) * np.log2(largest[alive])
+        exponents[alive] = np.clip(np.rint(bits - np.median(bits)), -_MOST_BITS, _MOST_BITS)
+    return exponents
 
 
-def _expected_error(weights: Sequence[Weight], factors: Floats, absmax: Floats, squares: Floats) -> float:
+def _expected_error(weights: Sequence[Weight], factors: Floats, absmax: Floats, squares: Floats, group: int) -> float:
     """Of all outputs together, squared, in units of a step of int8 squared / 12.
 
-    Activations err by their largest channel over all the products that read them, weights by the largest of a row.
+    Activations err by their largest channel over all the products that read them, weights by the largest of a row, or
+    sixteen times as much by the largest of a group.
     """
-    size = float(np.sum(squares / factors**2))
     activation = float(np.max(absmax / factors)) ** 2
+    size, coarseness = _grouped_columns((squares / factors**2).astype(np.float64)[None], group).sum(axis=2), 1.0
+    if group:
+        coarseness = (127 / 8) ** 2
     total = 0.0
     for weight in weights:
         for chunk in _chunks(weight):
             wide = np.abs(chunk * factors).astype(np.float64)
-            total += activation * float(np.sum(wide**2)) + size * float(np.sum(wide.max(axis=1) ** 2))
+            step = _grouped_columns(wide, group).max(axis=2)
+            total += activation * float(np.sum(wide**2)) + coarseness * float(np.sum(step**2 * size))
     return total
+
+
+def _grouped_columns(x: NDArray[np.float64], group: int) -> NDArray[np.float64]:
+    """[rows, K] -> [rows, groups, columns], zeros behind the last; group 0: a row is one."""
+    group = group or x.shape[1]
+    return np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
 
 
 def _chunks(weight: Weight) -> Iterator[Floats]:
