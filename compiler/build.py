@@ -108,7 +108,8 @@ class Prepared:
 
 def check_request(request: BuildRequest) -> None:
     """Raises what `prepare` and `build` would for a place that is taken, or a precision that cannot be calibrated."""
-    _require_calibrated(find_precision(request.precision, find_target(request.target)))
+    precision = find_precision(request.precision, find_target(request.target), request.group_size, request.zero_points)
+    _require_calibrated(precision)
     if request.output is not None:
         require_vacant(request.output, request.force)
 
@@ -225,7 +226,7 @@ def _write_files(
         files[name] = hash_file(directory / name, "plan", "msgpack", rank)
         name = f"weights.rank{rank}.safetensors"
         threads = prepared.request.num_threads
-        files[name] = write_weights(directory / name, lowered.jobs, rank, threads, progress)
+        files[name] = write_weights(directory / name, lowered.jobs, rank, threads, progress, prepared.calibration)
     partial = directory / f"{MANIFEST}.partial"
     partial.write_bytes(encode_manifest(_manifest(prepared, files)))
     os.rename(partial, directory / MANIFEST)

@@ -20,6 +20,7 @@ from ..checkpoint.weights import Factors, Weight
 from ..graph.builder import GraphBuilder, LazyWeight, attribute, register_weight, weight_of
 from ..graph.rewrite import input_of, is_ours, users
 from .options import Options
+from .quantize import is_head
 
 if TYPE_CHECKING:
     from ..calibration.file import Calibration
@@ -53,7 +54,7 @@ def _smooth(graph: ir.Graph, node: ir.Node, options: Options, divided: tuple[int
         return
     weights = [weight_of(input_of(reader, 1)) for reader in readers]
     assert options.calibration is not None
-    factors = Factors(partial(_choose, options.calibration, _group_of(options, readers[0]), weights))
+    factors = Factors(partial(_choose, options.calibration, _group_of(graph, options, readers[0]), weights))
     for index in divided:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None:
@@ -63,9 +64,10 @@ def _smooth(graph: ir.Graph, node: ir.Node, options: Options, divided: tuple[int
         _multiply(graph, reader, 1, weight.times(columns=factors))
 
 
-def _group_of(options: Options, reader: ir.Node) -> int:
+def _group_of(graph: ir.Graph, options: Options, reader: ir.Node) -> int:
     """How many weights of a row share a scale; 0: all."""
-    return 0
+    precision = options.precision.head if is_head(graph, reader) else options.precision.weight
+    return int(precision.partition("g")[2] or 0)
 
 
 def _reads_alone(reader: ir.Node, value: ir.Value) -> bool:
@@ -98,7 +100,8 @@ def _choose(calibration: Calibration, group: int, weights: Sequence[Weight]) -> 
     exponents += [np.where(np.abs(each) < _LEAST_BITS, 0, each) for each in exponents]
     tried = [np.ldexp(np.float32(1), each) for each in (np.zeros(len(absmax), np.int32), *exponents)]
     errors = [_expected_error(weights, factors, absmax, squares, group) for factors in tried]
-    return tried[int(np.argmin(errors))]
+    best: Floats = tried[int(np.argmin(errors))]
+    return best
 
 
 def _exponents(absmax: Floats, largest: Floats, strength: float) -> NDArray[np.int32]:
