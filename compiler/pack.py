@@ -50,11 +50,9 @@ def pack_rows(
     scale (f32, or of groups the bits of f16), sums, zeros: of each row, placed as the rows are. Returns the least row · k + column whose value is
     not finite in the layout, or -1; where there is one, what is written means nothing. num_threads: as pack.cpp has it.
     """
-    values = _values(source, source_dtype, add).reshape(n, k)
-    limit = 0x7F7F8000 if "bf16" in layout else 0x7F800000  # bf16 rounds the last f32 values to infinity
-    finite = (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)) < limit
-    if not finite.all():
-        return int(np.argmin(finite))
+    values = widen_source(source, source_dtype, add).reshape(n, k)
+    if (bad := first_not_finite(values, layout)) >= 0:
+        return bad
     if not LAYOUTS[layout].panels:
         rows, scales = layouts.encode_rows(values, layout)
         _place(np.ascontiguousarray(rows).view(np.uint8).reshape(n, -1), out, stride)
@@ -98,7 +96,15 @@ def place_codes(
         _place(layouts.pack_groups(zero_points, groups).reshape(len(packed), -1), zeros, stride)
 
 
-def _values(source: NDArray[np.uint8], dtype: str, add: float) -> NDArray[np.float32]:
+def first_not_finite(values: NDArray[np.float32], layout: str) -> int:
+    """The least index of a value [n, k] that is not finite in the layout, or -1."""
+    limit = 0x7F7F8000 if "bf16" in layout else 0x7F800000  # bf16 rounds the last f32 values to infinity
+    finite = (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)) < limit
+    return -1 if finite.all() else int(np.argmin(finite))
+
+
+def widen_source(source: NDArray[np.uint8], dtype: str, add: float) -> NDArray[np.float32]:
+    """Stored numbers as float32, plus `add`."""
     flat = source.reshape(-1)
     if dtype == "bf16":
         values = layouts.from_bf16(flat.view(np.uint16))

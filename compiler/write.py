@@ -16,11 +16,14 @@ from ..engines.layouts import LAYOUTS, ROW_PADDING, WITH_SUMS, round_up
 from ..engines.manifest import FileEntry
 from ..engines.weights import WeightsFile, lay_out
 from ..plugins.linear.layouts import interleave_gated, interleave_rows
+from ..plugins.linear.quantize_int4 import find_feedback
+from .calibration.file import Calibration
 from .checkpoint.tensors import ELEMENT_BYTES
 from .checkpoint.weights import Weight
 from .file_writer import FileWriter
 from .lower.tensors import Job, TensorJobs
-from .pack import find_packer
+from .pack import PackRows, find_packer
+from .pack_gptq import ROWS_AT_A_TIME, gptq_packer
 
 # Source bytes of one step: what a core's cache holds, so that packing finds there what was read.
 _CHUNK_BYTES = 1 << 20
@@ -33,8 +36,17 @@ def weights_layout(jobs: TensorJobs) -> WeightsFile:
     return lay_out([job.tensor for job in jobs.jobs.values()])
 
 
-def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, progress: Progress) -> FileEntry:
+def write_weights(
+    path: Path,
+    jobs: TensorJobs,
+    rank: int,
+    num_threads: int,
+    progress: Progress,
+    calibration: Calibration | None = None,
+) -> FileEntry:
     """Writes the weights file of a rank, hashing it on the way; `progress` is told of bytes as they are written.
+
+    calibration: by which weights of four bits are quantized.
 
     Raises CheckpointError where a value is not finite, OSError where the disk refuses.
     """
@@ -43,7 +55,7 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
     try:
         with FileWriter(descriptor) as file:
             file.append(memoryview(layout.header), 0)
-            packer = _Packer(file, layout, num_threads, progress)
+            packer = _Packer(file, layout, num_threads, progress, calibration)
             for job in jobs.jobs.values():
                 packer.write(job)
             whole, chunks = file.finish(layout.size)
@@ -92,9 +104,16 @@ class Beside:
 class _Packer:
     """Packs one tensor after the other into a file."""
 
-    def __init__(self, file: FileWriter, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        file: FileWriter,
+        layout: WeightsFile,
+        num_threads: int,
+        progress: Progress,
+        calibration: Calibration | None,
+    ) -> None:
         self._file, self._layout, self._num_threads, self._progress = file, layout, num_threads, progress
-        self._pack_rows = find_packer()
+        self._nearest, self._calibration = find_packer(), calibration
         self._source, self._packed = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
     def write(self, job: Job) -> None:
@@ -116,6 +135,10 @@ class _Packer:
         row_bytes = layout.row_bytes(columns)
         total = round_up(tensor.rows, layout.row_padding)
         step = max(round_up(_CHUNK_BYTES // max(source_row, 1), ROW_PADDING), ROW_PADDING)
+        pack_rows = self._nearest
+        if self._calibration is not None and layout.group:
+            pack_rows = gptq_packer(find_feedback(self._calibration.moments(weight)))
+            step = max(step, ROWS_AT_A_TIME * self._num_threads)
         if len(self._source) < step * source_row:
             self._source = np.empty(step * source_row, np.uint8)
         beside = Beside.of(tensor.layout, total, columns)
@@ -127,13 +150,14 @@ class _Packer:
             if stop == count and not layout.panels:
                 out[(stop - start) * len(halves) * row_bytes :] = 0
             for index, half in enumerate(halves):
-                self._pack(half, (start, stop), job, out, first, index, beside)
+                self._pack(pack_rows, half, (start, stop), job, out, first, index, beside)
             self._append(out.data, offset + first * row_bytes)
         for name, array in beside.arrays():
             self._put(f"{tensor.name}.{name}", array)
 
     def _pack(
         self,
+        pack_rows: PackRows,
         weight: Weight,
         rows: tuple[int, int],
         job: Job,
@@ -147,15 +171,19 @@ class _Packer:
         start, stop = rows
         skipped = half * (ROW_PADDING if layout.panels else 1)
         row_bytes = layout.row_bytes(tensor.columns)
-        bad = self._pack_rows(
-            weight.read(start, stop, self._source),
-            weight.dtype.lower(),
+        if weight.stored_as_is:
+            source, dtype, add = weight.read(start, stop, self._source), weight.dtype.lower(), weight.add
+        else:
+            source, dtype, add = weight.values(start, stop).view(np.uint8), "f32", 0.0
+        bad = pack_rows(
+            source,
+            dtype,
             stop - start,
             tensor.columns,
             tensor.layout,
             out[skipped * row_bytes :],
             *beside.from_row(first + skipped),
-            add=weight.add,
+            add=add,
             stride=2 if job.gated else 1,
             num_threads=self._num_threads,
         )

@@ -29,7 +29,7 @@ def quantize(g: GraphBuilder, options: Options) -> None:
         if is_ours(node, "WriteKv"):
             node.attributes["kv_dtype"] = ir.AttrString("kv_dtype", options.kv_dtype)
         elif is_ours(node, "Linear"):
-            weight = options.precision.head if _is_head(g.graph, node) else options.precision.weight
+            weight = options.precision.head if is_head(g.graph, node) else options.precision.weight
             node.attributes["precision"] = ir.AttrString("precision", weight)
             if activation != "f32":
                 _quantize_input(g.graph, node, activation)
@@ -41,7 +41,7 @@ def quantize(g: GraphBuilder, options: Options) -> None:
             node.attributes["precision"] = ir.AttrString("precision", table)
 
 
-def _is_head(graph: ir.Graph, linear: ir.Node) -> bool:
+def is_head(graph: ir.Graph, linear: ir.Node) -> bool:
     """Whether its output, gathered from all ranks if there are several, is the logits."""
     gathered = [user.outputs[0] for user in users(linear.outputs[0]) if is_ours(user, "AllGather")]
     return any(output in graph.outputs for output in (linear.outputs[0], *gathered))
