@@ -4,7 +4,7 @@ MAKEFLAGS += --no-print-directory
 python := .venv/bin/python
 cpp_sources := $(shell find plugins runtime/csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all check format sanitize clean
+.PHONY: demo test test-all check format sanitize bench-cpu clean
 
 demo: .venv/built  ## builds an engine from the repository's model, serves it and asks it something
 	@$(python) examples/demo.py
@@ -30,6 +30,9 @@ format: .venv/tested
 sanitize: .venv/tested  ## the tests that run C++, under Address-, UndefinedBehavior- and ThreadSanitizer
 	@ci/sanitize.sh
 	@ci/sanitize.sh thread
+
+bench-cpu: .venv/built  ## enginery beside every CPU rival on this machine; ARGS="--help" tells what else it can
+	@$(python) -m benchmarks.cpu $(ARGS)
 
 clean:  ## back to a fresh clone
 	rm -rf .venv build dist .mypy_cache .ruff_cache .hypothesis

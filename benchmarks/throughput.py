@@ -14,7 +14,6 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import enginery
 import numpy as np
@@ -22,12 +21,11 @@ from checkpoints import SHAPES
 from cold_start import built_engine
 from enginery import SamplingParams
 from machine import probe, save
+from roofs import decode_roof, prefill_roof
 
 PREFILLS = (512, 2048)
 BATCHES = (1, 8, 32)
 PROMPT, OUTPUT = 128, 64
-_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-_PEAKS = {"fp32": "fp32_gflops", "bf16": "bf16_gflops", "int8": "int8_gops"}
 
 
 def main() -> None:
@@ -49,7 +47,7 @@ def main() -> None:
     if any(min(before[name], after[name]) < 0.9 * limits[name] for name in limits):
         print("The probes before and after differ by more than a tenth: somebody else was at work. Run it again.")
     roofs = {f"prefill {n}": prefill_roof(shape, arguments.precision, n, limits) for n in PREFILLS}
-    roofs |= {f"decode b{n}": decode_roof(shape, arguments.precision, n, limits) for n in BATCHES}
+    roofs |= {f"decode b{n}": decode_roof(shape, arguments.precision, n, PROMPT + OUTPUT / 2, limits) for n in BATCHES}
     print(f"{arguments.shape} {arguments.precision}: " + ", ".join(f"{k} {v:g}" for k, v in limits.items()))
     print(f"{'':14}{'tokens/s':>10}{'roof':>10}{'of roof':>10}")
     for name, rate in rates.items():
@@ -76,44 +74,6 @@ def measure(loaded: enginery.Engine, vocab_size: int, repeats: int) -> dict[str,
         pairs = [seconds(batch, PROMPT, OUTPUT + 1) - seconds(batch, PROMPT, 1) for _ in range(repeats)]
         rates[f"decode b{batch}"] = batch * OUTPUT / statistics.median(pairs)
     return rates
-
-
-def _weights(shape: dict[str, Any]) -> tuple[int, int]:
-    """Multiply-adds of one token in the layers, and in the head."""
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    head_dim = shape.get("head_dim", hidden // shape["num_attention_heads"])
-    query, key = shape["num_attention_heads"] * head_dim, shape["num_key_value_heads"] * head_dim
-    layer = hidden * (query + 2 * key) + query * hidden + 3 * hidden * inner
-    return layer * shape["num_hidden_layers"], shape["vocab_size"] * hidden
-
-
-def _attention(shape: dict[str, Any], context: float) -> tuple[float, float]:
-    """Multiply-adds of one query token over `context` keys, and the bytes of their bf16 cache."""
-    head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    layers = shape["num_hidden_layers"]
-    macs = 2 * layers * shape["num_attention_heads"] * head_dim * context
-    return macs, 4 * layers * shape["num_key_value_heads"] * head_dim * context
-
-
-def prefill_roof(shape: dict[str, Any], precision: str, length: int, limits: dict[str, float]) -> float:
-    """Tokens/s: every layer's products for all tokens, the head for one."""
-    layers, head = _weights(shape)
-    macs, _ = _attention(shape, length / 2)
-    peak = limits.get(_PEAKS[precision], limits["fp32_gflops"]) * 1e9
-    attention_peak = limits.get("bf16_gflops", limits["fp32_gflops"]) * 1e9
-    seconds = 2 * (layers * length + head) / peak + 2 * macs * length / attention_peak
-    return length / seconds
-
-
-def decode_roof(shape: dict[str, Any], precision: str, batch: int, limits: dict[str, float]) -> float:
-    """Tokens/s: a step reads all weights and every sequence's cache once."""
-    layers, head = _weights(shape)
-    macs, cache = _attention(shape, PROMPT + OUTPUT / 2)
-    peak = limits.get(_PEAKS[precision], limits["fp32_gflops"]) * 1e9
-    attention_peak = limits.get("bf16_gflops", limits["fp32_gflops"]) * 1e9
-    read = ((layers + head) * _BYTES[precision] + batch * cache) / (limits["dram_gb_per_s"] * 1e9)
-    compute = batch * (2 * (layers + head) / peak + 2 * macs / attention_peak)
-    return batch / max(read, compute)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #     test-engines test-soak     engines, graphs and ranks; a minute of random requests, then what has leaked
 #     bench-kernels              limits, launches, products and attention beside torch's
 #     bench-engine bench-serve   engines of random weights: steps, gaps between them; end to end over HTTP
-#     tune                       with --tune or by name: tiles for plugins/linear/tuning.json
+#     tune                       with --tune or by name: tiles for plugins/attention/tuning.json and plugins/linear/tuning.json
 #   ci/gpu.sh --collect DIR      on a machine with a package index: the wheels that such a machine lacks, and the commit
 # Each part ends within nine minutes, keeps what it has found in DIR (build/gpu) as it goes, and hides no other's failure.
 set -uo pipefail
@@ -109,10 +109,13 @@ tests() {
     return 1
 }
 
-# Each in a process of its own, for the same reason.
+# Each in a process of its own, for the same reason. Searches share a part's time: `tune` goes on where it was.
 measure() {
-    local part status=0
-    for part; do "$python" -m benchmarks.gpu --out "$out" --deadline 450 "$part" || status=1; done
+    local part status=0 deadline
+    for part; do
+        [ "$part" = tune-attention ] && deadline=110 || deadline=340
+        "$python" -m benchmarks.gpu --out "$out" --deadline "$deadline" "$part" || status=1
+    done
     return $status
 }
 
@@ -125,7 +128,7 @@ run_part() {
         bench-kernels) measure limits launches gemm attention ;;
         bench-engine) measure engines engine ;;
         bench-serve) measure engines serve ;;
-        tune) measure tune ;;
+        tune) measure tune-attention tune ;;
     esac
 }
 

@@ -25,6 +25,7 @@ from ..engines.sizes import format_bytes
 from ..engines.targets import Target
 from .capacity import StateShape
 from .config import EngineConfig
+from .cubin import cubin_faults
 from .files import EngineFiles
 from .gpus import Gpu, choose_gpu_blocks, runs_on
 from .loader import (
@@ -209,16 +210,19 @@ def _activations(plan: Plan, limits: dict[str, int]) -> int:
 
 def _kernel_spec(files: EngineFiles, kernel: KernelImage) -> dict[str, Any]:
     """KernelSpec (csrc/launch.h), with its machine code."""
-    entry = files.manifest.files.get(kernel.file)
-    if entry is None or entry.role != "kernels":
+    entry, cubin = files.manifest.files.get(kernel.file), files.read(kernel.file)
+    if cubin is None or entry is None or entry.role != "kernels":
         raise EngineFormatError(
             f"{files.directory}: kernel {kernel.name} is in {kernel.file!r}, which is no file of kernels of this "
             f"engine. Copy or build the engine again."
         )
+    if found := list(cubin_faults(cubin, kernel)):
+        where = f"{files.directory}: kernel {kernel.name} in {kernel.file!r}"
+        raise faults(EngineFormatError, f"{where}: not its machine code; build the engine again", found)
     return {
         "name": kernel.name,
         "symbol": kernel.symbol,
-        "cubin": files.read(kernel.file),
+        "cubin": cubin,
         "num_warps": kernel.num_warps,
         "shared_bytes": kernel.shared_bytes,
         "parameters": list(kernel.parameters),

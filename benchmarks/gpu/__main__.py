@@ -11,7 +11,7 @@ attention  attention beside torch's
 engine     decode and prefill of the engines, and what is lost between steps
 serve      end to end over HTTP
 tune       searches tiles for plugins/linear/tuning.json (--precision, --deadline seconds)
-tune-attention  tells which tiles and splits of attention would be faster; changes nothing
+tune-attention  searches tiles and splits for plugins/attention/tuning.json, with a KV cache of the same type
 table      prints what all parts have found
 
 The exit code of a part is 1 where something must be faster, or has failed.
@@ -95,7 +95,7 @@ def command(part: str, results: Results, arguments: argparse.Namespace) -> Calla
         "serve": after_limits(lambda: serve.run(results, engines.builds(arguments.shape, name)[0])),
         "tune": lambda: tune.run(results, shape, arguments.precision, arguments.out, arguments.deadline),
         "tune-attention": lambda: tune_attention.run(
-            results, shape, cache_type(arguments.precision), arguments.deadline
+            results, shape, cache_type(arguments.precision), arguments.out, arguments.deadline
         ),
     }
     return commands[part]

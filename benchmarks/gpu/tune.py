@@ -88,7 +88,7 @@ def run(results: Results, shape: Shape, dtype: str, directory: Path, deadline_s:
 
 def begin_with(directory: Path) -> None:
     """The table as it was before the search, also where an earlier run has changed it and was stopped."""
-    before, after, now = directory / _BEFORE, directory / _AFTER, tuning_table.PATH.read_text()
+    before, after, now = directory / _BEFORE, directory / _AFTER, tuning_table.LINEAR.read_text()
     if not before.is_file() or not after.is_file() or after.read_text() != now:
         before.write_text(now)
     table = {key: tuple(Tile(**tile) for tile in tiles) for key, tiles in tuning_table.read(before).items()}
@@ -289,11 +289,8 @@ def merge(table: tuning_table.Table, best: dict[RowRange, tuple[Tile, float, flo
 
 def write(directory: Path, best: dict[RowRange, tuple[Tile, float, float]]) -> None:
     """The table in the checkout, a copy of it and the report in `directory`."""
-    text = tuning_table.render(merge(tuning_table.read(directory / _BEFORE), best))
-    beside = tuning_table.PATH.with_suffix(".partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, tuning_table.PATH)
+    text = tuning_table.write(tuning_table.LINEAR, merge(tuning_table.read(directory / _BEFORE), best))
     (directory / _AFTER).write_text(text, encoding="utf-8")
     lines = [report_line(of, *found) for of, found in best.items()]
     (directory / "tuning.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{PART}: {sum(tile != of.tile for of, (tile, _, _) in best.items())} tiles changed; {tuning_table.PATH}")
+    print(f"{PART}: {sum(tile != of.tile for of, (tile, _, _) in best.items())} tiles changed; {tuning_table.LINEAR}")

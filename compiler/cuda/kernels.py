@@ -123,6 +123,8 @@ def _triton_version() -> str:
 def _result(result: Callable[[], Any], kernel: Kernel, target: Target) -> Any:
     try:
         return result()
+    except CompileError:
+        raise
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise CompileError(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+from functools import cache
 
+from ...engines.errors import CompileError
 from ...engines.plan import KernelImage
 from ...plugins.launches import Kernel
 from .machine_code import read_machine_code
@@ -27,12 +30,14 @@ def prepare_process(directory: str) -> None:
 def compile_kernel(kernel: Kernel, arch: int, file: str) -> tuple[KernelImage, bytes]:
     """The kernel's description, as in a plan that has its cubin in `file`, and the cubin.
 
-    Deterministic: the same kernel, sources and version of Triton give the same bytes.
+    Deterministic: the same kernel, sources and version of Triton give the same bytes. Raises CompileError where
+    Triton's assembler does not know the architecture.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    _require_architecture(arch)
     module = importlib.import_module(f"...plugins.{kernel.plugin}.triton", __package__)
     function = getattr(module, kernel.function)
     types, constants = dict(kernel.parameters), dict(kernel.constants)
@@ -72,3 +77,17 @@ def compile_kernel(kernel: Kernel, arch: int, file: str) -> tuple[KernelImage, b
         pdl=kernel.pdl,
     )
     return image, cubin
+
+
+@cache
+def _require_architecture(arch: int) -> None:
+    """Before Triton asks: it would print pages."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    command = [get_ptxas(arch).path, f"--gpu-name={sm_arch_from_capability(arch)}", "--version"]
+    if subprocess.run(command, capture_output=True).returncode:
+        raise CompileError(
+            f"cuda-sm{arch}: the assembler of Triton {triton.__version__} does not know this architecture. Install the "
+            f'version that knows every target: pip install "enginery[cuda]"'
+        )

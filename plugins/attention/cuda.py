@@ -1,8 +1,31 @@
-"""The kernels of attention on CUDA: which there are for a shape, a type and an architecture, and when each is used."""
+"""The kernels of attention on CUDA: which there are for a shape, a type and an architecture, and when each is used.
+
+The numbers that a run on a GPU would change are in tuning.json: under "<class>/<type>/sm<arch>/<shape>", else under
+less of it, down to "<class>"; shape: <heads>x<KV heads>x<head size>. The classes are
+
+decode/<row>/<group>  row: bytes of a head's keys of one token, up to "128B", "256B" or "512B"; group: how many heads
+                      share a KV head, up to 32 "few", up to 64 "some", else "many"
+prefill/<heads>       "whole" ones are rotated from end to end, "part" in part, or padded to a power of two; those of
+                      more than 128 elements are "wide-whole" or "wide-part"
+attend_any/<heads>    of the one kernel of batch-invariant builds: "narrow" or "wide"
+splits                of decode, by how many pairs of queries and KV heads there are
+
+Tiles are the largest that no register spills from. A decoding program has 32 KiB of keys and values in one and two of
+them in flight: two or three programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma leaves too few
+registers to convert what it multiplies: less than 64 rows are for mma.sync. So are the 32 of attend_any, which keeps
+two sums, of a span and of those before; its tiles have no more than 64 keys, as they begin at multiples, where a
+window's block may too. Splits are enough programs to fill 132 SMs several times over, and none of less work than its
+part of the combining costs; large batches are split for their long sequences alone, which would run on when all others
+have ended.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from ...engines.expressions import Expression
 from ...engines.fields import LARGEST
@@ -46,45 +69,13 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Split:
-    """Up to `pairs` of queries and KV heads the keys are split over `splits` programs, of `least_keys` or more each."""
+    """Up to `pairs` of queries and KV heads (None: all above the others) the keys are split over `splits` programs, of
+    `least_keys` or more each."""
 
-    pairs: int
+    pairs: int | None
     splits: int
     least_keys: int
 
-
-# Enough programs to fill 132 SMs several times over, and none of less work than its part of the combining costs. Large
-# batches are split for their long sequences alone, which would run on when all others have ended.
-SPLITS = (
-    Split(32, 32, 128),
-    Split(64, 16, 128),
-    Split(128, 8, 128),
-    Split(256, 4, 256),
-    Split(512, 4, 512),
-    Split(1024, 4, 1024),
-    Split(LARGEST, 1, 64),
-)
-
-
-# By how heads are rotated ("whole", or in part or padded to a power of two; "wide": more than 128 elements), the
-# cache's type and the architecture, 0 for all others. With wide heads and 8 bits sm90's wgmma leaves too few registers
-# to convert what it multiplies: less than 64 rows are for mma.sync.
-PREFILL = {
-    ("whole", "bf16", 0): Tiles(128, 64, 8, 2),
-    ("whole", "bf16", 90): Tiles(128, 128, 8, 2),
-    ("whole", "8 bits", 0): Tiles(128, 64, 8, 2),
-    ("part", "bf16", 0): Tiles(128, 64, 8, 2),
-    ("part", "bf16", 90): Tiles(128, 128, 8, 2),
-    ("part", "8 bits", 0): Tiles(64, 64, 8, 2),
-    ("part", "8 bits", 90): Tiles(128, 64, 8, 2),
-    ("part", "8 bits", 100): Tiles(128, 64, 8, 2),
-    ("wide", "bf16", 0): Tiles(64, 32, 8, 2),
-    ("wide", "bf16", 90): Tiles(128, 64, 8, 2),
-    ("wide", "bf16", 100): Tiles(128, 64, 8, 2),
-    ("wide", "8 bits", 0): Tiles(64, 64, 8, 2),
-    ("wide", "8 bits", 90): Tiles(32, 64, 4, 2),
-    ("wide", "8 bits", 100): Tiles(64, 32, 8, 2),
-}
 
 # Of a thread.
 _ALL_REGISTERS = 255
@@ -92,40 +83,51 @@ _ALL_REGISTERS = 255
 SPAN = 256
 # Up to so many pairs of tokens and KV heads; more fill a GPU without.
 SPAN_PAIRS = 64
-# Of the one kernel that keeps two sums, of a span and of those before: by whether heads are wide, and the architecture,
-# 0 for all others. With wide heads, wgmma's and tcgen05's 64 rows leave too few registers: 32 are for mma.sync.
-INVARIANT = {
-    ("narrow", 0): Tiles(32, 64, 4, 2),
-    ("narrow", 90): Tiles(64, 64, 8, 2),
-    ("narrow", 100): Tiles(64, 64, 8, 2),
-    ("wide", 0): Tiles(32, 32, 8, 2),
-}
 
 
-def decode_tiles(layout: StateLayout, group: int) -> Tiles:
-    """32 KiB of keys and values in a tile, two tiles in flight: two or three programs share an SM, one 99 KiB."""
-    row_bytes = padded_width(layout.head_dim) * ELEMENT_BYTES[layout.kv_dtype]
-    if group > 32:
-        return Tiles(0, 64 if row_bytes <= 256 and group <= 64 else 32, 8, 3)
-    return Tiles(0, 128 if row_bytes <= 128 else 64 if row_bytes <= 256 else 32, 4, 3)
+def tuning_keys(what: str, operator: Attention, architecture: int) -> tuple[str, ...]:
+    """Under which the table may have the tiles of a kernel ("decode", "prefill", "attend_any") or the "splits" of
+    decode; the first that it has is the one."""
+    layout = operator.layout
+    kind = f"{_shape_class(what, operator)}/{layout.kv_dtype}"
+    shape = f"{operator.num_heads}x{layout.num_kv_heads}x{layout.head_dim}"
+    return f"{kind}/sm{architecture}/{shape}", f"{kind}/sm{architecture}", kind, _shape_class(what, operator)
 
 
-def prefill_tiles(layout: StateLayout, rot_dim: int, architecture: int) -> Tiles:
-    """The largest tiles that no register spills from."""
+def _shape_class(what: str, operator: Attention) -> str:
+    layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
     width = padded_width(layout.head_dim)
-    heads = "wide" if width > 128 else "whole" if rot_dim == width else "part"
-    default = PREFILL[heads, _kind(layout), 0]
-    return PREFILL.get((heads, _kind(layout), architecture), default)
+    if what == "splits":
+        return what
+    if what == "decode":
+        row_bytes = width * ELEMENT_BYTES[layout.kv_dtype]
+        rows = "128B" if row_bytes <= 128 else "256B" if row_bytes <= 256 else "512B"
+        return f"{what}/{rows}/{'few' if group <= 32 else 'some' if group <= 64 else 'many'}"
+    if what == "attend_any":
+        return f"{what}/{'wide' if width > 128 else 'narrow'}"
+    return f"{what}/{'wide-' if width > 128 else ''}{'whole' if operator.rot_dim == width else 'part'}"
 
 
-def invariant_tiles(layout: StateLayout, architecture: int) -> Tiles:
-    """As prefill_tiles, but no tile has more than 64 keys: they begin at multiples, where a window's block may too."""
-    heads = "wide" if padded_width(layout.head_dim) > 128 else "narrow"
-    return INVARIANT.get((heads, architecture), INVARIANT[heads, 0])
+def _tiles(what: str, operator: Attention, architecture: int) -> Tiles:
+    (entry,) = _entries(what, operator, architecture)
+    return Tiles(**entry)
 
 
-def _kind(layout: StateLayout) -> str:
-    return "bf16" if layout.kv_dtype == "bf16" else "8 bits"
+def _splits(operator: Attention, architecture: int) -> tuple[Split, ...]:
+    return tuple(Split(**entry) for entry in _entries("splits", operator, architecture))
+
+
+def _entries(what: str, operator: Attention, architecture: int) -> list[dict[str, Any]]:
+    table = _table()
+    return next(table[key] for key in tuning_keys(what, operator, architecture) if key in table)
+
+
+@cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    table: dict[str, list[dict[str, Any]]] = json.loads(
+        Path(__file__).with_name("tuning.json").read_text(encoding="utf-8")
+    )
+    return table
 
 
 def attention_launches(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
@@ -139,7 +141,7 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
 
 def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) -> tuple[Launch, ...]:
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
-    tiles = decode_tiles(layout, group)
+    tiles = _tiles("decode", operator, architecture)
     queries, other = ("rows", "decode_tokens") if variable == "rows" else ("decode_tokens", "rows")
     kernel = _kernel(
         operator,
@@ -151,8 +153,8 @@ def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) ->
         pdl,
     )
     launches, low = [], 1
-    for split in SPLITS:
-        high = max(split.pairs // layout.num_kv_heads, 0) if split.pairs < LARGEST else LARGEST
+    for split in _splits(operator, architecture):
+        high = LARGEST if split.pairs is None else split.pairs // layout.num_kv_heads
         if high < low:
             continue
         # One split writes no partial results, however many queries there are.
@@ -175,7 +177,7 @@ def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) ->
 
 
 def _prefill(operator: Attention, architecture: int, pdl: bool) -> Launch:
-    tiles = prefill_tiles(operator.layout, operator.rot_dim, architecture)
+    tiles = _tiles("prefill", operator, architecture)
     constants: dict[str, Constant] = {"ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS, "TILE": tiles.keys}
     kernel = _kernel(operator, "prefill", (("tiles", "*i32"), ("out", "*bf16")), (), constants, tiles, pdl)
     grid: Expression = ["*", "tiles", TILE_TOKENS // tiles.rows]
@@ -185,7 +187,7 @@ def _prefill(operator: Attention, architecture: int, pdl: bool) -> Launch:
 def _invariant(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
     """One kernel: few decoding tokens have a program for each span of keys, more and tiles one for all spans."""
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
-    tiles = invariant_tiles(layout, architecture)
+    tiles = _tiles("attend_any", operator, architecture)
     group_rows = min(1 << (group - 1).bit_length(), tiles.rows)
     constants: dict[str, Constant] = {"GROUP_ROWS": group_rows, "ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS}
     kernel = _kernel(

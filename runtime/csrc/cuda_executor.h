@@ -1,5 +1,6 @@
 // Runs plans on CUDA devices, one for each rank: a step is one copy of its inputs, launches, and one copy of its
-// logits. Steps in which every sequence decodes one token are graphs, captured when one of their size first comes.
+// logits. Steps in which every sequence decodes one token are graphs: captured at load, by size; those that list
+// what is likeliest, rank what was drawn or keep changed logits, when one of their kind and size first comes.
 #pragma once
 
 #include <array>

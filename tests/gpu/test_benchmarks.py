@@ -88,9 +88,15 @@ def test_the_worst_product_counts(tmp_path: Path) -> None:
     assert [(cell.ratio, cell.verdict) for cell in results.cells] == [(pytest.approx(1.0), "pass"), (0.5, "FAIL")]
 
 
+@pytest.mark.parametrize("path", [tuning_table.LINEAR, tuning_table.ATTENTION], ids=lambda path: path.parent.name)
+def test_tables_are_written_as_they_are(path: Path) -> None:
+    table = tuning_table.read(path)
+    assert tuning_table.render(table) == path.read_text()
+    assert tuning_table.render({key: table[key] for key in reversed(table)}) == path.read_text()
+
+
 def test_the_table_of_tiles_is_written_as_it_is() -> None:
-    table = tuning_table.read()
-    assert tuning_table.render(table) == tuning_table.PATH.read_text()
+    table = tuning_table.read(tuning_table.LINEAR)
     assert all(tuning_table.as_entry(Tile(**tile)) == tile for tiles in table.values() for tile in tiles)
     shuffled = {key: table[key] for key in reversed(table)} | {"fp8/sm90/4096x4096": table["fp8"]}
     assert list(json.loads(tuning_table.render(shuffled))) == [
@@ -113,8 +119,10 @@ def test_better_tiles_are_what_plans_take(monkeypatch: pytest.MonkeyPatch) -> No
         for tile in tune.shapes_of(of.tile, "fp8")
         if (tile.columns, tile.depth, tile.stages) == (64, 256, 4) and tile.warps == 4
     }
-    merged = tune.merge(tuning_table.read(), {of: (better, 2.0, 1.0), ranges[0]: (ranges[0].tile, 1.0, 1.0)})
-    assert set(merged) - set(tuning_table.read()) == {"fp8/sm90/4096x4096"}
+    merged = tune.merge(
+        tuning_table.read(tuning_table.LINEAR), {of: (better, 2.0, 1.0), ranges[0]: (ranges[0].tile, 1.0, 1.0)}
+    )
+    assert set(merged) - set(tuning_table.read(tuning_table.LINEAR)) == {"fp8/sm90/4096x4096"}
     table = {
         key: tuple(Tile(**tile) for tile in tiles) for key, tiles in json.loads(tuning_table.render(merged)).items()
     }
@@ -128,7 +136,7 @@ def test_better_tiles_are_what_plans_take(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("_h200")
 def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its candidates are those of the table before, though the table has changed; another change begins anew."""
-    monkeypatch.setattr(tuning_table, "PATH", Path(shutil.copy(tuning_table.PATH, tmp_path / "table.json")))
+    monkeypatch.setattr(tuning_table, "LINEAR", Path(shutil.copy(tuning_table.LINEAR, tmp_path / "table.json")))
     monkeypatch.setattr(cuda, "_table", cuda._table)
     out = tmp_path / "out"
     out.mkdir()
@@ -136,12 +144,12 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
     before = tune.ranges(SHAPE, "fp8")
     better = replace(before[0].tile, stages=3)
     tune.write(out, {before[0]: (better, 2.0, 1.0)})
-    assert before[0].key in json.loads(tuning_table.PATH.read_text())
+    assert before[0].key in json.loads(tuning_table.LINEAR.read_text())
     tune.begin_with(out)
     assert tune.ranges(SHAPE, "fp8") == before
-    changed = tuning_table.read()
+    changed = tuning_table.read(tuning_table.LINEAR)
     changed["fp8/sm90"][0]["stages"] = 5
-    tuning_table.PATH.write_text(tuning_table.render(changed))
+    tuning_table.LINEAR.write_text(tuning_table.render(changed))
     tune.begin_with(out)
     after = tune.ranges(SHAPE, "fp8")
     assert (after[0].tile.stages, after[1].tile.stages) == (3, 5)

@@ -32,7 +32,8 @@ Q_OFFSET = 24
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, as each takes the interpreter milliseconds, and splits of a single tile."""
-    monkeypatch.setattr(cuda, "SPLITS", (Split(4, 3, 64), Split(6, 2, 128), Split(LARGEST, 1, 64)))
+    splits = (Split(4, 3, 64), Split(6, 2, 128), Split(None, 1, 64))
+    monkeypatch.setattr(cuda, "_splits", lambda *_: splits)
 
 
 class Scene:

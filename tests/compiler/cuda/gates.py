@@ -3,7 +3,8 @@
     python -m tests.compiler.cuda.gates            compares with the table, and says what differs
     python -m tests.compiler.cuda.gates --update   writes the table
 
-Words behind it choose the builds in whose names they occur: the table's others stay as they are.
+Words behind it choose the builds in whose names all of them occur, as "sm90 fp8": the table's others stay as they are.
+The exit code is 1 where a gate does not hold or the table says something else.
 
 Compiles some hundreds of kernels where they are not in the user's cache: half an hour on two cores.
 """
@@ -165,22 +166,41 @@ def write_empty_checkpoint(directory: Path) -> None:
     (directory / "tokenizer.json").write_text("{}")
 
 
+def chosen(words: list[str]) -> list[Build]:
+    """The builds in whose names every word occurs. Exits where there is none, as every gate would seem to hold."""
+    found = [build for build in builds() if all(word in build.name for word in words)]
+    if not found:
+        sys.exit(f"no build has {' and '.join(words)} in its name: {'; '.join(build.name for build in builds())}")
+    return found
+
+
+def differences(build: Build, known: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Lines of the table that are other ones now, or that only one of both has."""
+    return [
+        f"{build.name}: {name}: {known.get(name, 'not there')} -> {found.get(name, 'not there')}"
+        for name in sorted(known | found)
+        if known.get(name) != found.get(name)
+    ]
+
+
 def main() -> None:
     """See the module."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    words, updates = [word for word in sys.argv[1:] if not word.startswith("--")], "--update" in sys.argv
+    known = json.loads(TABLE.read_text())
     table: dict[str, Any] = {}
     wrong = []
-    for build in builds():
-        if not all(word in build.name for word in words):
-            continue
+    for build in chosen(words):
         made = images(build)
         table[build.name] = {image.name: row(image) for image in made}
         wrong += [fault for image in made for fault in faults(image, build)]
+        if not updates:
+            wrong += differences(build, known.get(build.name, {}), table[build.name])
         print(f"{build.name}: {len(made)} kernels", flush=True)
     print("\n".join(wrong) or "every gate holds")
-    if "--update" in sys.argv:
-        table = (json.loads(TABLE.read_text()) if words else {}) | table
+    if updates:
+        table = (known if words else {}) | table
         TABLE.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

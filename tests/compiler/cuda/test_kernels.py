@@ -81,6 +81,17 @@ def test_a_kernel_that_triton_refuses_is_one_error() -> None:
         compile_kernels([PRODUCT], TARGETS["cuda-sm80"], 1)  # which has no fp8
 
 
+@needs_triton
+def test_an_architecture_that_tritons_assembler_does_not_know(capfd: pytest.CaptureFixture[str]) -> None:
+    """One error, and not a page of Triton's beside it."""
+    unknown = replace(H100, name="cuda-sm130", arch=130)
+    with pytest.raises(CompileError) as error:
+        compile_kernels([COPY, PRODUCT], unknown, 1)
+    assert str(error.value).startswith("cuda-sm130: the assembler of Triton ")
+    assert str(error.value).endswith('pip install "enginery[cuda]"')
+    assert capfd.readouterr() == ("", "")
+
+
 def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
