@@ -47,8 +47,10 @@ def pack_rows(
 ) -> int:
     """Packs `n` stored rows of `k` values, each plus `add`, into `out`: panel p at p · stride, or row r at r · stride.
 
-    scale (f32, or of groups the bits of f16), sums, zeros: of each row, placed as the rows are. Returns the least row · k + column whose value is
-    not finite in the layout, or -1; where there is one, what is written means nothing. num_threads: as pack.cpp has it.
+    scale (f32, or of groups the bits of f16), sums, zeros: of each row, placed as the rows are.
+
+    Returns the least row · k + column whose value is not finite in the layout, or -1; where there is one, what is
+    written means nothing. num_threads: as pack.cpp has it.
     """
     values = widen_source(source, source_dtype, add).reshape(n, k)
     if (bad := first_not_finite(values, layout)) >= 0:

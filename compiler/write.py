@@ -78,9 +78,10 @@ class Beside:
         """Zeros for a matrix of the layout `name`."""
         layout = LAYOUTS[name]
         groups = layout.num_groups(columns)
+        scale: NDArray[Any] = np.zeros(rows * groups, np.uint16 if layout.group else np.float32)
         return cls(
             groups,
-            np.zeros(rows * groups, np.uint16 if layout.group else np.float32) if layout.scaled else None,
+            scale if layout.scaled else None,
             np.zeros(rows, np.int32) if name in WITH_SUMS else None,
             np.zeros(rows * groups, np.uint8) if layout.zeros else None,
         )

@@ -43,7 +43,7 @@ class CpuLowering(Lowering):
     def _new(
         self, value: ir.Value, dtype: str = "f32", private: bool = False, compact: bool = False, sums: bool = False
     ) -> View:
-        """A buffer for `value`; one for each thread, of a few rows, if private. sums: one for sums of each 32 beside."""
+        """A buffer for `value`; one for each thread, of a few rows, if private. sums: with those of each 32."""
         name, rows, columns = value.name or "", str(rows_of(value)), columns_of(value)
         name = f"{name}.private" if private else name
         stride = columns if compact else padded_columns(columns)

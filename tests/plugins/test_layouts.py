@@ -10,7 +10,7 @@ import pytest
 from enginery.compiler import _pack
 from enginery.compiler import pack as in_numpy
 from enginery.compiler.pack import PackRows, find_packer
-from enginery.engines.layouts import GROUPS, LAYOUTS, padded_columns, padded_rows, round_up
+from enginery.engines.layouts import GROUPS, LAYOUTS, padded_columns, padded_rows
 from enginery.plugins.linear import layouts
 from enginery.plugins.linear.quantize_int4 import dequantize_int4, quantize_int4
 from hypothesis import given

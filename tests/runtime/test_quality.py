@@ -1,4 +1,4 @@
-"""What int8 and int4 cost on a trained checkpoint: perplexity, KL divergence and top-1 agreement against the fp32 engine."""
+"""What int8 and int4 cost on a trained checkpoint: perplexity, KL and top-1 agreement against the fp32 engine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Measured:
         return float(np.exp(-self.targets.mean()))
 
 
-# Of each precision the most that it may cost: perplexity in percent, mean KL divergence, and top-1 agreement that is left.
+# Of each precision the most that it may cost: perplexity in percent, mean KL divergence; and what agrees of top-1.
 BOUNDS: dict[str, tuple[dict[str, Any], float, float, float]] = {
     "bf16": ({"precision": "bf16"}, 0.08, 0.0012, 0.97),
     "int8": ({"precision": "int8"}, 0.25, 0.0025, 0.97),
