@@ -7,7 +7,6 @@ left by a build that was interrupted.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,9 +18,10 @@ from ..engines.errors import CompileError
 from ..engines.manifest import MANIFEST, FileEntry, Manifest, Model, encode_manifest, hash_file
 from ..engines.plan import Plan
 from ..engines.plan_format import encode_plan
-from ..engines.precisions import KV_CACHE_DTYPES, find_kv_cache_dtype, find_precision
+from ..engines.precisions import KV_CACHE_DTYPES, Precision, find_kv_cache_dtype, find_precision
 from ..engines.targets import Target, find_target
 from ..plugins.launches import Kernel
+from .calibration.file import Calibration, read_calibration
 from .checkpoint.source import Source, find_checkpoint
 from .checkpoint.tensors import Checkpoint, open_checkpoint
 from .cuda.kernels import CompiledKernel
@@ -32,15 +32,19 @@ from .lower.tensors import TensorJobs
 from .memory_plan import MemoryPlan, plan_memory
 from .models import build_graph, read_config
 from .models.config import Config
+from .output_directory import directory_beside, disk_full, publish, require_space, require_vacant
 from .passes import run_passes
 from .passes.options import Options
 from .passes.shard import check_divisible
 from .write import weights_layout, write_weights
 
+# Precisions that a calibration makes better.
+CALIBRATED = ("int8", "int4")
+
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What `build-engine` was asked for. max_model_len: 0 means the model's own."""
+    """What `build-engine` was asked for. max_model_len, group_size: 0 means the model's own, the precision's."""
 
     model: str
     output: Path | None
@@ -53,6 +57,9 @@ class BuildRequest:
     force: bool = False
     num_threads: int = 2
     batch_invariant: bool = False
+    group_size: int = 0
+    zero_points: bool = False
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Prepared:
     max_model_len: int
     num_parameters: int
     ranks: list[Lowered]
+    calibration: Calibration | None = None
 
     @property
     def weights_bytes(self) -> int:
@@ -98,6 +106,21 @@ class Prepared:
         return plan_memory(plans, self.weights_bytes, num_threads, self.target.is_cuda, self.max_model_len)
 
 
+def check_request(request: BuildRequest) -> None:
+    """Raises what `prepare` and `build` would for a place that is taken, or a precision that cannot be calibrated."""
+    precision = find_precision(request.precision, find_target(request.target), request.group_size, request.zero_points)
+    _require_calibrated(precision)
+    if request.output is not None:
+        require_vacant(request.output, request.force)
+
+
+def _require_calibrated(precision: Precision) -> None:
+    if precision.name not in CALIBRATED:
+        raise CompileError(
+            f"a calibration is of no use to {precision.name}, only to {' and '.join(CALIBRATED)}. Leave it out."
+        )
+
+
 @contextmanager
 def prepare(request: BuildRequest) -> Iterator[Prepared]:
     """Reads what is small, checks everything that can be checked without weights, and lowers every rank.
@@ -105,14 +128,17 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     Raises CheckpointError, CompileError or TargetError with all that is wrong.
     """
     target = find_target(request.target)
-    precision = find_precision(request.precision, target)
+    precision = find_precision(request.precision, target, request.group_size, request.zero_points)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
     source = find_checkpoint(request.model)
     config = read_config(source.directory)
     max_model_len = _max_model_len(request, config)
     check_divisible(config, request.tensor_parallel_size)
     check_documents(source)
+    if request.calibration is not None:
+        _require_calibrated(precision)
     with open_checkpoint(source.directory) as checkpoint:
+        calibration = read_calibration(request.calibration, checkpoint) if request.calibration is not None else None
         num_parameters = sum(_num_elements(tensor.shape) for tensor in checkpoint.tensors.values())
         ranks = []
         for rank in range(request.tensor_parallel_size):
@@ -123,9 +149,12 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
                 rank,
                 request.tensor_parallel_size,
                 request.batch_invariant,
+                calibration,
             )
             ranks.append(_lower_rank(checkpoint, config, options, request.save_graph))
-        yield Prepared(request, source, config, target, kv_cache_dtype, max_model_len, num_parameters, ranks)
+        yield Prepared(
+            request, source, config, target, kv_cache_dtype, max_model_len, num_parameters, ranks, calibration
+        )
 
 
 def _lower_rank(checkpoint: Checkpoint, config: Config, options: Options, save_graph: Path | None) -> Lowered:
@@ -166,14 +195,14 @@ def build(
     try:
         if output.name == "" or ".." in output.parts:  # so that it has a name and a parent, however it is spelled
             output = Path(os.path.abspath(output))
-        _require_vacant(output, prepared.request.force)
-        with _beside(output) as partial:
-            _require_space(partial, prepared.weights_bytes)
+        require_vacant(output, prepared.request.force)
+        with directory_beside(output) as partial:
+            require_space(partial, prepared.weights_bytes)
             _write_files(prepared, partial, progress, compiled)
-            _publish(partial, output, prepared.request.force)
+            publish(partial, output, prepared.request.force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CompileError(_disk_full(output, prepared.weights_bytes)) from None
+            raise CompileError(disk_full(output, prepared.weights_bytes)) from None
         raise CompileError(f"{output}: cannot be written: {error}.") from None
     return output
 
@@ -197,7 +226,7 @@ def _write_files(
         files[name] = hash_file(directory / name, "plan", "msgpack", rank)
         name = f"weights.rank{rank}.safetensors"
         threads = prepared.request.num_threads
-        files[name] = write_weights(directory / name, lowered.jobs, rank, threads, progress)
+        files[name] = write_weights(directory / name, lowered.jobs, rank, threads, progress, prepared.calibration)
     partial = directory / f"{MANIFEST}.partial"
     partial.write_bytes(encode_manifest(_manifest(prepared, files)))
     os.rename(partial, directory / MANIFEST)
@@ -230,6 +259,7 @@ def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:
         default_max_model_len=prepared.max_model_len,
         tensor_parallel_size=request.tensor_parallel_size,
         batch_invariant=prepared.batch_invariant,
+        calibration=prepared.calibration.sha256 if prepared.calibration is not None else "",
         memory={
             "weights": memory.weights,
             "activations": memory.activations,
@@ -252,60 +282,3 @@ def _num_elements(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _require_vacant(output: Path, force: bool) -> None:
-    if not (output.exists() or output.is_symlink()):
-        return
-    if not force:
-        raise CompileError(f"{output}: exists. Choose another directory, or replace it with --force.")
-    if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise CompileError(f"{output}: is no engine, so --force does not replace it. Remove it, or choose another.")
-
-
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """An empty directory beside `output`, locked against other builds and removed at the end if it is still there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.building"
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.path.exists(partial) and os.path.samestat(os.stat(partial), os.fstat(lock))
-        except BlockingIOError:
-            locked = False
-        if not locked:  # or it was renamed into place between opening and locking
-            raise CompileError(f"{output}: another build is writing it now. Wait for it, or choose another directory.")
-        try:
-            for leftover in partial.iterdir():  # of a build that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            yield partial
-        finally:
-            if os.path.exists(partial) and os.path.samestat(os.stat(partial), os.fstat(lock)):
-                shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _publish(partial: Path, output: Path, force: bool) -> None:
-    """Renames the finished engine into place; an engine that it replaces goes first, its manifest before the rest."""
-    _require_vacant(output, force)  # again: a build may take long, and what came meanwhile is not ours to replace
-    if output.exists():
-        (output / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(output)
-    os.rename(partial, output)
-
-
-def _require_space(directory: Path, needed: int) -> None:
-    if shutil.disk_usage(directory).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _disk_full(output: Path, needed: int) -> str:
-    free = shutil.disk_usage(output.parent).free
-    return (
-        f"{output}: the disk is full: the engine needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. "
-        f"Free some space, or choose a directory on another disk. Nothing was left behind."
-    )

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from .. import __version__
 from ..engines.command_line import Command
 from ..engines.errors import EngineryError
+from ..engines.layouts import GROUPS
 from ..engines.precisions import KV_CACHE_DTYPES, PRECISIONS
 from ..engines.sizes import format_bytes, parse_bytes
 from ..engines.targets import target_names
+from .calibration.defaults import DEFAULT_TOKENS
+from .command import Progress, end_by_interrupt, require_extra
 from .startup import import_onnx_ir
 
 if TYPE_CHECKING:
     from .build import BuildRequest, Prepared
-
-_REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
 
 
 @click.command(name="build-engine", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,6 +40,12 @@ _REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
 )
 @click.option("--precision", default="int8", show_default=True, help=f"{', '.join(PRECISIONS)}.")
 @click.option("--kv-cache-dtype", default="auto", show_default=True, help=f"auto, {', '.join(KV_CACHE_DTYPES)}.")
+@click.option(
+    "--group-size",
+    type=click.Choice([str(group) for group in GROUPS]),
+    help=f"Of int4: weights that share a scale. [default: {GROUPS[0]}]",
+)
+@click.option("--zero-points", is_flag=True, help="Of int4: each group has a zero point too; more exact, slower.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Default context length. [default: the model's own]")
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1, 64), default=1, show_default=True, help="Ranks to shard for."
@@ -46,6 +55,12 @@ _REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
     is_flag=True,
     help="Bit-identical results whatever else a step holds, at some speed. CPU engines always are.",
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="What a text makes of the activations, from enginery calibrate: int8 and int4 lose less.",
+)
+@click.option("--calibrate", type=click.Path(path_type=Path), help="A text to calibrate with, now; keeps no file.")
 @click.option("--plan", "plan_only", is_flag=True, help="Print what the engine will need, and build nothing.")
 @click.option("--memory", help="With --plan: the memory to plan for, such as 16GiB. [default: this machine's]")
 @click.option(
@@ -61,9 +76,13 @@ def build_engine(
     target: str,
     precision: str,
     kv_cache_dtype: str,
+    group_size: str | None,
+    zero_points: bool,
     max_model_len: int | None,
     tensor_parallel_size: int,
     batch_invariant: bool,
+    calibration: Path | None,
+    calibrate: Path | None,
     plan_only: bool,
     memory: str | None,
     save_graph: Path | None,
@@ -74,11 +93,14 @@ def build_engine(
 
     The engine runs on the target's machines; it can be built on any machine.
     """
-    _require_extra()
+    require_extra("build-engine")
     if output is None and not plan_only:
         raise click.UsageError("Missing option '-o' / '--output': the directory of the engine.")
     if memory and not plan_only:
         raise click.UsageError("--memory belongs to --plan: it is the memory to plan for.")
+    if calibrate and (calibration or plan_only):
+        other = "--calibration: either brings what the other makes" if calibration else "--plan, which computes nothing"
+        raise click.UsageError(f"--calibrate does not go with {other}. Leave one out.")
     # A build is short and leaves no cycles worth looking for: collecting would cost a fifth of a small one's time.
     gc.disable()
     import_onnx_ir()
@@ -96,18 +118,39 @@ def build_engine(
         force=force,
         num_threads=threads,
         batch_invariant=batch_invariant,
+        group_size=int(group_size or 0),
+        zero_points=zero_points,
+        calibration=calibration,
     )
     # From here on there is something to put away.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, end_by_interrupt)
     try:
-        _run(request, plan_only, parse_bytes(memory) if memory else _machine_memory())
+        with _calibrated(request, calibrate) as complete:
+            _run(complete, plan_only, parse_bytes(memory) if memory else _machine_memory())
     except EngineryError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("Interrupted. Nothing was left behind.", err=True)
         sys.exit(130)
+
+
+@contextmanager
+def _calibrated(request: BuildRequest, text: Path | None) -> Iterator[BuildRequest]:
+    """The request with a calibration from `text`, if there is one, in a file that is gone at the end."""
+    if text is None:
+        yield request
+        return
+    from .build import check_request
+    from .calibration.calibrate import CalibrationRequest, calibrate
+
+    check_request(request)  # now, as the text takes its time
+    with tempfile.TemporaryDirectory(prefix="enginery-") as directory:
+        file = Path(directory) / "calibration.safetensors"
+        with Progress(DEFAULT_TOKENS, "Calibrating", "calibrate", "{:,} tokens".format) as progress:
+            calibrate(CalibrationRequest(request.model, text, file), progress.advance)
+        yield replace(request, calibration=file)
 
 
 def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
@@ -118,7 +161,7 @@ def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
         if plan_only:
             _print_plan(prepared, memory_bytes)
             return
-        with _Progress(prepared.tensor_bytes) as progress:
+        with Progress(prepared.tensor_bytes, "Writing weights", "weights", format_bytes) as progress:
             output = build(prepared, progress.advance, _tell_kernels)
     size = sum(path.stat().st_size for path in output.iterdir())
     seconds = time.monotonic() - started
@@ -130,33 +173,6 @@ def _run(request: BuildRequest, plan_only: bool, memory_bytes: int) -> None:
 def _tell_kernels(done: int, total: int) -> None:
     if done % 10 == 0 or done == total:
         click.echo(f"kernels: {done} of {total} compiled", err=True)
-
-
-class _Progress:
-    """A bar on a terminal, a line for every tenth elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._told = max(total, 1), 0, 0
-        self._bar = click.progressbar(length=self._total, label="Writing weights") if sys.stderr.isatty() else None
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.file = sys.stderr
-            self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.render_finish()
-
-    def advance(self, count: int) -> None:
-        """`count` more bytes are written."""
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif (tenth := min(self._done * 10 // self._total, 10)) > self._told:
-            self._told = tenth
-            click.echo(f"weights: {tenth * 10} % of {format_bytes(self._total)}", err=True)
 
 
 def _print_plan(prepared: Prepared, memory_bytes: int) -> None:
@@ -190,14 +206,3 @@ def _print_plan(prepared: Prepared, memory_bytes: int) -> None:
 
 def _machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _require_extra() -> None:
-    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        click.echo(f'build-engine needs {", ".join(missing)}: pip install "enginery[compiler]"', err=True)
-        sys.exit(2)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +16,14 @@ from ..engines.layouts import LAYOUTS, ROW_PADDING, WITH_SUMS, round_up
 from ..engines.manifest import FileEntry
 from ..engines.weights import WeightsFile, lay_out
 from ..plugins.linear.layouts import interleave_gated, interleave_rows
+from ..plugins.linear.quantize_int4 import find_feedback
+from .calibration.file import Calibration
 from .checkpoint.tensors import ELEMENT_BYTES
 from .checkpoint.weights import Weight
 from .file_writer import FileWriter
 from .lower.tensors import Job, TensorJobs
-from .pack import find_packer
+from .pack import PackRows, find_packer
+from .pack_gptq import ROWS_AT_A_TIME, gptq_packer
 
 # Source bytes of one step: what a core's cache holds, so that packing finds there what was read.
 _CHUNK_BYTES = 1 << 20
@@ -31,8 +36,17 @@ def weights_layout(jobs: TensorJobs) -> WeightsFile:
     return lay_out([job.tensor for job in jobs.jobs.values()])
 
 
-def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, progress: Progress) -> FileEntry:
+def write_weights(
+    path: Path,
+    jobs: TensorJobs,
+    rank: int,
+    num_threads: int,
+    progress: Progress,
+    calibration: Calibration | None = None,
+) -> FileEntry:
     """Writes the weights file of a rank, hashing it on the way; `progress` is told of bytes as they are written.
+
+    calibration: by which weights of four bits are quantized.
 
     Raises CheckpointError where a value is not finite, OSError where the disk refuses.
     """
@@ -41,7 +55,7 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
     try:
         with FileWriter(descriptor) as file:
             file.append(memoryview(layout.header), 0)
-            packer = _Packer(file, layout, num_threads, progress)
+            packer = _Packer(file, layout, num_threads, progress, calibration)
             for job in jobs.jobs.values():
                 packer.write(job)
             whole, chunks = file.finish(layout.size)
@@ -50,12 +64,57 @@ def write_weights(path: Path, jobs: TensorJobs, rank: int, num_threads: int, pro
     return FileEntry("weights", "safetensors", layout.size, whole, chunks, rank)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside a matrix, row by row; groups: how many elements of scales and zeros a row has."""
+
+    groups: int
+    scale: NDArray[np.float32] | NDArray[np.uint16] | None = None
+    sum: NDArray[np.int32] | None = None
+    zero: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of(cls, name: str, rows: int, columns: int) -> Beside:
+        """Zeros for a matrix of the layout `name`."""
+        layout = LAYOUTS[name]
+        groups = layout.num_groups(columns)
+        scale: NDArray[Any] = np.zeros(rows * groups, np.uint16 if layout.group else np.float32)
+        return cls(
+            groups,
+            scale if layout.scaled else None,
+            np.zeros(rows, np.int32) if name in WITH_SUMS else None,
+            np.zeros(rows * groups, np.uint8) if layout.zeros else None,
+        )
+
+    def from_row(self, row: int) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None]:
+        """scale, sum and zero from `row` on, a multiple of 16 where there are panels."""
+        at = row * self.groups
+        return (
+            None if self.scale is None else self.scale[at:],
+            None if self.sum is None else self.sum[row:],
+            None if self.zero is None else self.zero[at:],
+        )
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Those that there are, by what is appended to the matrix's name, in the order of the file."""
+        for name, array in (("scale", self.scale), ("zero", self.zero), ("sum", self.sum)):
+            if array is not None:
+                yield name, array
+
+
 class _Packer:
     """Packs one tensor after the other into a file."""
 
-    def __init__(self, file: FileWriter, layout: WeightsFile, num_threads: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        file: FileWriter,
+        layout: WeightsFile,
+        num_threads: int,
+        progress: Progress,
+        calibration: Calibration | None,
+    ) -> None:
         self._file, self._layout, self._num_threads, self._progress = file, layout, num_threads, progress
-        self._pack_rows = find_packer()
+        self._nearest, self._calibration = find_packer(), calibration
         self._source, self._packed = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
     def write(self, job: Job) -> None:
@@ -74,13 +133,16 @@ class _Packer:
         halves = _halves(weight) if job.gated else [weight]
         count, columns = halves[0].num_rows, weight.num_columns
         source_row = columns * ELEMENT_BYTES[weight.dtype]
-        row_bytes = round_up(columns, layout.column_padding) * layout.element_bytes
+        row_bytes = layout.row_bytes(columns)
         total = round_up(tensor.rows, layout.row_padding)
         step = max(round_up(_CHUNK_BYTES // max(source_row, 1), ROW_PADDING), ROW_PADDING)
+        pack_rows = self._nearest
+        if self._calibration is not None and layout.group:
+            pack_rows = gptq_packer(find_feedback(self._calibration.moments(weight)))
+            step = max(step, ROWS_AT_A_TIME * self._num_threads)
         if len(self._source) < step * source_row:
             self._source = np.empty(step * source_row, np.uint8)
-        scale = np.zeros(total, np.float32) if layout.scaled else None
-        sums = np.zeros(total, np.int32) if tensor.layout in WITH_SUMS else None
+        beside = Beside.of(tensor.layout, total, columns)
         offset = self._layout.placed[tensor.name].offset
         for start in range(0, count, step):
             stop = min(start + step, count)
@@ -89,47 +151,48 @@ class _Packer:
             if stop == count and not layout.panels:
                 out[(stop - start) * len(halves) * row_bytes :] = 0
             for index, half in enumerate(halves):
-                self._pack(half, (start, stop), job, out, first, index, scale, sums)
+                self._pack(pack_rows, half, (start, stop), job, out, first, index, beside)
             self._append(out.data, offset + first * row_bytes)
-        if scale is not None:
-            self._put(f"{tensor.name}.scale", scale)
-        if sums is not None:
-            self._put(f"{tensor.name}.sum", sums)
+        for name, array in beside.arrays():
+            self._put(f"{tensor.name}.{name}", array)
 
     def _pack(
         self,
+        pack_rows: PackRows,
         weight: Weight,
         rows: tuple[int, int],
         job: Job,
         out: NDArray[np.uint8],
         first: int,
         half: int,
-        scale: NDArray[np.float32] | None,
-        sums: NDArray[np.int32] | None,
+        beside: Beside,
     ) -> None:
         """Rows [start, stop) of `weight` into `out`, whose first row is the tensor's row `first`."""
         tensor, layout = job.tensor, LAYOUTS[job.tensor.layout]
         start, stop = rows
         skipped = half * (ROW_PADDING if layout.panels else 1)
-        row_bytes = round_up(tensor.columns, layout.column_padding) * layout.element_bytes
-        bad = self._pack_rows(
-            weight.read(start, stop, self._source),
-            weight.dtype.lower(),
+        row_bytes = layout.row_bytes(tensor.columns)
+        if weight.stored_as_is:
+            source, dtype, add = weight.read(start, stop, self._source), weight.dtype.lower(), weight.add
+        else:
+            source, dtype, add = weight.values(start, stop).view(np.uint8), "f32", 0.0
+        bad = pack_rows(
+            source,
+            dtype,
             stop - start,
             tensor.columns,
             tensor.layout,
             out[skipped * row_bytes :],
-            None if scale is None else scale[first + skipped :],
-            None if sums is None else sums[first + skipped :],
-            add=weight.add,
+            *beside.from_row(first + skipped),
+            add=add,
             stride=2 if job.gated else 1,
             num_threads=self._num_threads,
         )
         if bad >= 0:
             raise _non_finite(weight, start + bad // tensor.columns, bad % tensor.columns, tensor.layout)
 
-    def _put(self, name: str, array: NDArray[np.float32] | NDArray[np.int32]) -> None:
-        self._append(array.data, self._layout.placed[name].offset)
+    def _put(self, name: str, array: NDArray[Any]) -> None:
+        self._append(array.view(np.uint8).data, self._layout.placed[name].offset)
 
     def _append(self, data: memoryview, offset: int) -> None:
         """Tensors come in the order of the file."""

@@ -56,6 +56,7 @@ class Manifest:
 
     default_max_model_len  what `build-engine --max-model-len` chose
     batch_invariant        a token's result does not depend, bit for bit, on what else is in its step
+    calibration            sha256 of the calibration file, empty without
     """
 
     model: Model
@@ -67,6 +68,7 @@ class Manifest:
     memory: dict[str, int]
     files: dict[str, FileEntry]
     batch_invariant: bool
+    calibration: str = ""
 
     def of_role(self, role: str, rank: int = -1) -> str | None:
         """Name of the file with this role (and rank), or None."""
@@ -88,6 +90,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "kv_cache_dtype": manifest.kv_cache_dtype,
         "max_model_len": manifest.default_max_model_len,
         "batch_invariant": manifest.batch_invariant,
+        "calibration": manifest.calibration,
         "mesh": {
             "tensor_parallel_size": manifest.tensor_parallel_size,
             "ranks": [{"rank": rank, "tp": rank} for rank in range(manifest.tensor_parallel_size)],
@@ -140,6 +143,7 @@ def _decode(top: Fields) -> Manifest:
         "kv_cache_dtype",
         "max_model_len",
         "batch_invariant",
+        "calibration",
         "mesh",
         "memory",
         "files",
@@ -171,6 +175,7 @@ def _decode(top: Fields) -> Manifest:
         memory={key: memory.integer(key) for key in memory.values},
         files={name: _decode_file(files, name) for name in files.values},
         batch_invariant=top.boolean("batch_invariant"),
+        calibration=_read_calibration(top.text("calibration")),
     )
     present = {(file.role, file.rank) for file in manifest.files.values()}
     wanted = [(role, rank) for rank in range(size) for role in ("plan", "weights")]
@@ -212,6 +217,10 @@ def _decode_file(files: Fields, name: str) -> FileEntry:
         chunks=tuple(chunks),
         rank=entry.integer("rank", 0, 1023) if "rank" in entry.values else -1,
     )
+
+
+def _read_calibration(text: str) -> str:
+    return text and _read_sha256(text, f"{MANIFEST}.calibration")
 
 
 def _read_sha256(value: object, where: str) -> str:

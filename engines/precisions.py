@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import CompileError
+from .layouts import GROUPS
 from .targets import TARGETS, Target
 
 # The first architecture with fp8.
@@ -18,33 +19,48 @@ class Precision:
     """One scheme.
 
     name          as the manifest spells it
-    activation    what a linear layer reads: "f32", "bf16", or "int8" or "fp8" (per token, dynamic); its weights too
+    activation    what a linear layer reads: "f32", "bf16", or "int8" or "fp8" (per token, dynamic)
+    weight        how its weights are held: as activations are, or in four bits with a scale for each group of a row:
+                  "int4g32" (symmetric), "uint4g32" (with zero points), or in groups of 64 or 128
+    head          how those of lm_head are, whose errors go straight into the logits
     table         how tables are held that are read row by row (embeddings without a tied head)
     kv_cache      what `--kv-cache-dtype auto` means
     """
 
     name: str
     activation: str
+    weight: str
+    head: str
     table: str
     kv_cache: str
 
 
 PRECISIONS: dict[str, Precision] = {
-    "fp32": Precision("fp32", "f32", "f32", "fp32"),
-    "bf16": Precision("bf16", "bf16", "bf16", "bf16"),
-    "fp8": Precision("fp8", "fp8", "bf16", "bf16"),
-    "int8": Precision("int8", "int8", "bf16", "bf16"),
+    "fp32": Precision("fp32", "f32", "f32", "f32", "f32", "fp32"),
+    "bf16": Precision("bf16", "bf16", "bf16", "bf16", "bf16", "bf16"),
+    "fp8": Precision("fp8", "fp8", "fp8", "fp8", "bf16", "bf16"),
+    "int8": Precision("int8", "int8", "int8", "int8", "bf16", "bf16"),
+    "int4": Precision("int4", "int8", "int4g32", "int8", "bf16", "bf16"),
 }
 
 # As users spell them -> as plans do.
 KV_CACHE_DTYPES: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp8": "fp8", "int8": "i8"}
 
 
-def find_precision(name: str, target: Target) -> Precision:
-    """The precision called `name`. Raises CompileError where the target does not have it."""
+def find_precision(name: str, target: Target, group_size: int = 0, zero_points: bool = False) -> Precision:
+    """The precision called `name`. Raises CompileError where the target does not have it.
+
+    group_size, zero_points: of int4 alone; 0 is the precision's own
+    """
     if name not in PRECISIONS or not _has_precision(target, name):
         raise _refusal("precision", name, target, [known for known in PRECISIONS if _has_precision(target, known)])
-    return PRECISIONS[name]
+    precision = PRECISIONS[name]
+    if name != "int4":
+        if group_size or zero_points:
+            option = "--group-size" if group_size else "--zero-points"
+            raise CompileError(f"{option} belongs to --precision int4; {name} has one scale for each row.")
+        return precision
+    return replace(precision, weight=f"{'u' if zero_points else ''}int4g{group_size or GROUPS[0]}")
 
 
 def find_kv_cache_dtype(name: str, precision: Precision, target: Target) -> str:
@@ -59,6 +75,8 @@ def find_kv_cache_dtype(name: str, precision: Precision, target: Target) -> str:
 def _has_precision(target: Target, name: str) -> bool:
     if not target.is_cuda:
         return name != "fp8"
+    if name == "int4":
+        return False
     if name == "int8":
         return target.arch != _NO_INT8_ARCH
     return name == "bf16" or (name == "fp8" and target.arch >= _FP8_ARCH)

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -187,6 +188,9 @@ ENGINERY_INLINE VecF zero() { return set1(0.0f); }
 
 // Lanes that are left of n elements from i on.
 ENGINERY_INLINE int lanes_left(int64_t n, int64_t i) { return n - i < kLanes ? static_cast<int>(n - i) : kLanes; }
+
+// Brings the line of p to the L2 cache; p may be anything.
+ENGINERY_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // Sanitizers do not see masked accesses, so they are told.
 #if defined(__SANITIZE_THREAD__)

@@ -36,6 +36,9 @@ struct TileArguments {
     void* out;                       // [R][out_stride] of the sum's type; panel p at columns 16 p
     int64_t out_stride;              // elements
     const float* factors = nullptr;  // [R], for kScaleAdd
+    // Panels that will be multiplied next: with every step, a step of each is brought to the L2 cache.
+    const std::byte* ahead[kMostPanels];
+    int num_ahead = 0;
 };
 
 template <class Dot, Finish finish, int R, int P>
@@ -54,6 +57,7 @@ static void multiply_tile(const TileArguments& t) {
         for (int p = 0; p < P; ++p) panels[p] = t.segments[s].panels[p];
         const int64_t steps = t.segments[s].steps;
         for (int64_t step = 0; step < steps; ++step) {
+            for (int i = 0; i < t.num_ahead; ++i) prefetch(t.ahead[i] + step * kPanelStep);
             typename Dot::Weight weights[kVecs];
 #pragma GCC unroll 16
             for (int v = 0; v < kVecs; ++v) {
@@ -105,14 +109,30 @@ inline constexpr std::array<std::array<TileFunction, kMostRows + 1>, kMostPanels
     tiles_of<Dot, finish, 4>(std::make_integer_sequence<int, most_rows<Dot>(4)>()),
 };
 
-// Rows 0 .. rows - 1 by P panels, in tiles as even as can be: 32 rows are four of 8, not three of 9 and one of 5.
+// Rows in tiles of at most `most`, as even as can be: 32 rows are four of 8, not three of 9 and one of 5.
+class RowTiles {
+  public:
+    RowTiles(int64_t rows, int64_t most) : rows_(rows), tiles_((rows + most - 1) / most) {}
+
+    int64_t left() const { return tiles_; }
+    // The rows of the next tile.
+    int64_t next() {
+        const int64_t count = (rows_ + tiles_ - 1) / tiles_;
+        rows_ -= count;
+        --tiles_;
+        return count;
+    }
+
+  private:
+    int64_t rows_, tiles_;
+};
+
+// Rows 0 .. rows - 1 by P panels.
 template <class Dot, Finish finish>
 static void multiply_rows(TileArguments t, int64_t rows, int panels) {
-    const int64_t most = most_rows<Dot>(panels);
-    for (int64_t tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
-        const int64_t count = (rows + tiles - 1) / tiles;
+    for (RowTiles tiles(rows, most_rows<Dot>(panels)); tiles.left() > 0;) {
+        const int64_t count = tiles.next();
         kTiles<Dot, finish>[static_cast<size_t>(panels)][static_cast<size_t>(count)](t);
-        rows -= count;
         t.activations += count * t.activation_stride;
         t.out = static_cast<typename Dot::Element*>(t.out) + count * t.out_stride;
         if (t.factors != nullptr) t.factors += count;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,8 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 _DIRECTORY = click.Path(path_type=Path)
 _FLAWED = 2
 _POSITIVE = Count(1, (1 << 31) - 1)
+# The group of entry points in pyproject.toml.
+_BROUGHT = "enginery.commands"
 _BUILT = "It is chosen when the engine is built: build-engine"
 _CARRIED = "The engine carries its own: change the checkpoint's and build it again with build-engine."
 _LATER = "It is not implemented yet."
@@ -195,10 +198,25 @@ def run_engine(
     sys.exit(status)
 
 
-@click.group(cls=Group, context_settings=_HELP)
+class _Commands(Group):
+    """Also the commands that other rooms bring, where they are installed."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names of all commands."""
+        return sorted({*super().list_commands(context), *entry_points(group=_BROUGHT).names})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command called `name`, or None."""
+        own = super().get_command(context, name)
+        if own is not None:
+            return own
+        return next((entry.load() for entry in entry_points(group=_BROUGHT, name=name)), None)
+
+
+@click.group(cls=_Commands, context_settings=_HELP)
 @click.version_option(__version__, prog_name="enginery")
 def enginery() -> None:
-    """Look at engines."""
+    """Look at engines, and prepare them."""
 
 
 @enginery.command()

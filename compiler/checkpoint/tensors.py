@@ -41,7 +41,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tensors = {tensor.name: tensor for path in _weight_files(directory) for tensor in _read_header(path)}
+        self.tensors = {tensor.name: tensor for path in _weight_files(directory) for tensor in read_header(path)[1]}
         self._descriptors: dict[Path, int] = {}
 
     def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: NDArray[np.uint8]) -> None:
@@ -113,7 +113,8 @@ def _weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory}: no *.safetensors file. Wanted model.safetensors, or shards with their index.")
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def read_header(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
+    """The metadata and the tensors of a safetensors file, which lie within it. Raises CheckpointError."""
     size = path.stat().st_size
     damaged = f"{path}: truncated or damaged: {{}}. Download it again."
     with open(path, "rb") as file:
@@ -124,7 +125,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        entries.pop("__metadata__", None)
+        metadata = dict(entries.pop("__metadata__", None) or {})
         placed = [_read_entry(name, path, entry, 8 + length) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(damaged.format("its header is no safetensors header")) from None
@@ -136,7 +137,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
             raise CheckpointError(
                 damaged.format(f"{tensor.name} {list(tensor.shape)} {tensor.dtype} does not fit its bytes")
             )
-    return [tensor for tensor, _ in placed]
+    return metadata, [tensor for tensor, _ in placed]
 
 
 def _read_entry(name: str, path: Path, entry: dict[str, Any], data: int) -> tuple[StoredTensor, int]:

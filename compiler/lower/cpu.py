@@ -40,8 +40,10 @@ class CpuLowering(Lowering):
 
     # -- the pieces that calls are made of ------------------------------------------------------------------------
 
-    def _new(self, value: ir.Value, dtype: str = "f32", private: bool = False, compact: bool = False) -> View:
-        """A buffer for `value`; one for each thread, of a few rows, if private."""
+    def _new(
+        self, value: ir.Value, dtype: str = "f32", private: bool = False, compact: bool = False, sums: bool = False
+    ) -> View:
+        """A buffer for `value`; one for each thread, of a few rows, if private. sums: with those of each 32."""
         name, rows, columns = value.name or "", str(rows_of(value)), columns_of(value)
         name = f"{name}.private" if private else name
         stride = columns if compact else padded_columns(columns)
@@ -52,7 +54,12 @@ class CpuLowering(Lowering):
         if dtype in ("i8", "u8"):
             scale = f"{name}.scale"
             self.buffers[scale] = Buffer(scale, "f32", ["*", count, 4], 0, private)
-        return View(name, rows, columns, stride, dtype, 0, scale)
+        if sums:
+            self.buffers[f"{name}.sums"] = Buffer(f"{name}.sums", "i32", ["*", count, stride // 32 * 4], 0, private)
+        return View(name, rows, columns, stride, dtype, 0, scale, f"{name}.sums" if sums else "")
+
+    def _sums(self, view: View, access: str) -> Operand | None:
+        return Operand("buffer", view.sums, 0, ["*", view.rows, view.stride // 32 * 4], access) if view.sums else None
 
     def _inputs(self, *names: str) -> dict[str, Operand]:
         return {name: Operand("input", name) for name in names}
@@ -124,11 +131,11 @@ class CpuLowering(Lowering):
         last = quantize if quantize is not None else norm
         assert last is not None
         value, readers = last.outputs[0], users(last.outputs[0])
-        dtype = self._activation_dtype(quantize)
+        dtype, sums = self._activation_dtype(quantize)
         rows = str(rows_of(value))
         if len(readers) == 1 and is_ours(readers[0], "Linear"):
             few, many = (Range(rows, 0, _PRIVATE_ROWS),), (Range(rows, _PRIVATE_ROWS + 1, UNBOUNDED),)
-            private, shared = self._new(value, dtype, private=True), self._new(value, dtype)
+            private, shared = self._new(value, dtype, private=True, sums=sums), self._new(value, dtype, sums=sums)
             output = self._linear_output(readers[0])
             self._norm_call(norm, last, private, few)
             self._linear_call(readers[0], private, output, few)
@@ -138,15 +145,20 @@ class CpuLowering(Lowering):
             self._linear_call(readers[0], shared, output, many)
             self.views[value] = shared
         else:
-            self.views[value] = self._new(value, dtype)
+            self.views[value] = self._new(value, dtype, sums=sums)
             self._norm_call(norm, last, self.views[value], ())
         self._next_region()
 
-    def _activation_dtype(self, quantize: ir.Node | None) -> str:
+    def _activation_dtype(self, quantize: ir.Node | None) -> tuple[str, bool]:
+        """As its readers want it; and whether they want sums too, as those do whose weights are codes, all positive."""
         precision = attribute(quantize, "precision") if quantize is not None else "f32"
-        if precision == "int8":
-            return "u8" if self.options.target.unsigned_activations else "i8"
-        return str(precision)
+        if quantize is None or precision != "int8":
+            return str(precision), False
+        weights = {str(attribute(user, "precision")) for user in users(quantize.outputs[0]) if is_ours(user, "Linear")}
+        if weights != {"int8"}:
+            assert "int8" not in weights, f"{quantize.name}: read by products of both kinds"
+            return "i8", True
+        return "u8" if self.options.target.unsigned_activations else "i8", False
 
     def _norm_call(self, norm: ir.Node | None, last: ir.Node, out: View, guard: tuple[Range, ...]) -> None:
         x, delta, post_weight, weight = norm.inputs if norm is not None else (last.inputs[0], None, None, None)
@@ -159,6 +171,7 @@ class CpuLowering(Lowering):
             "sum": self._at(total, "w") if total is not None else None,
             "out": self._at(out, "w"),
             "out_scale": self._scale(out, "w"),
+            "out_sums": self._sums(out, "w"),
         }
         eps = float(attribute(norm, "eps")) if norm is not None else 0.0
         self._call("rms_norm", operands, {"hidden": out.columns, "eps": eps, "domain": out.rows}, guard)
@@ -180,8 +193,10 @@ class CpuLowering(Lowering):
         operands = {
             "a": self._at(a, "r"),
             "a_scale": self._scale(a, "r"),
+            "a_sums": self._sums(a, "r"),
             "weight": self._weight(name),
             "weight_scale": self._beside(f"{name}.scale"),
+            "weight_zero": self._beside(f"{name}.zero"),
             "weight_sum": self._beside(f"{name}.sum"),
             "bias": self._weight(self.jobs.bias(bias, gated=activation != "none")) if bias is not None else None,
             "residual": self._at(self._view(residual), "r") if residual is not None else None,

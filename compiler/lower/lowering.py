@@ -24,7 +24,10 @@ UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True)
 class View:
-    """Columns [offset, offset + columns) of a buffer, rows `stride` elements apart; scale: the buffer of its scales."""
+    """Columns [offset, offset + columns) of a buffer, rows `stride` elements apart.
+
+    scale, sums: the buffers of its rows' scales and of the sums of each 32 of its values
+    """
 
     buffer: str
     rows: str
@@ -33,6 +36,7 @@ class View:
     dtype: str
     offset: int = 0
     scale: str = ""
+    sums: str = ""
 
     @property
     def extent(self) -> Expression:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...engines.layouts import LAYOUTS, WITH_SUMS
+from ...engines.layouts import GROUPS, LAYOUTS, WITH_SUMS
 from ...engines.weights import Tensor
 from ..checkpoint.weights import Weight
 from ..graph.builder import LazyWeight, weight_of
@@ -25,7 +25,12 @@ class LayoutFamily:
 
 
 CPU_LAYOUTS = LayoutFamily(
-    {"f32": "f32_k1n16.v0", "bf16": "bf16_k2n16.v0", "int8": "int8_k4n16.v0"},
+    {
+        "f32": "f32_k1n16.v0",
+        "bf16": "bf16_k2n16.v0",
+        "int8": "int8_k4n16.v0",
+        **{f"{codes}g{group}": f"{codes}_k8n16g{group}.v0" for codes in ("int4", "uint4") for group in GROUPS},
+    },
     {"f32": "rows_f32.v0", "bf16": "rows_bf16.v0"},
     "scale_f32.v0",
     "bias_f32.v0",
@@ -41,7 +46,7 @@ CUDA_LAYOUTS = LayoutFamily(
 @dataclass(frozen=True)
 class Job:
     """One stored tensor. source: lazy weight or small array; gated: gate's and up's rows interleave in panels of 16;
-    scale and sum of an int8 matrix are jobs without a source, filled while the matrix is packed."""
+    what belongs to a matrix, scales, sums and zero points, are jobs without a source, filled while it is packed."""
 
     tensor: Tensor
     source: Weight | NDArray[np.float32] | None
@@ -74,8 +79,13 @@ class TensorJobs:
         rows = LAYOUTS[layout].gated_rows(weight.num_rows // 2) if gated else weight.num_rows
         sources = tuple(map(str, weight.parts))
         self._add(Job(Tensor(name, layout, rows, weight.num_columns, sources), weight, gated))
-        if LAYOUTS[layout].scaled:
+        groups = LAYOUTS[layout].num_groups(weight.num_columns)
+        if LAYOUTS[layout].group:
+            self._add(Job(Tensor(f"{name}.scale", "scale_f16_n16.v0", rows, groups), None, gated))
+        elif LAYOUTS[layout].scaled:
             self._add(Job(Tensor(f"{name}.scale", self._layouts.scale, rows, 1), None, gated))
+        if LAYOUTS[layout].zeros:
+            self._add(Job(Tensor(f"{name}.zero", "zero_u8_n16.v0", rows, groups), None, gated))
         if layout in WITH_SUMS:
             self._add(Job(Tensor(f"{name}.sum", "sum_i32.v0", rows, 1), None, gated))
         return name

@@ -17,6 +17,7 @@ from .options import Options
 from .quantize import quantize
 from .select_rows import select_rows
 from .shard import shard
+from .smooth import smooth
 
 PASSES: list[Callable[[GraphBuilder, Options], None]] = [
     fold_constants,
@@ -28,6 +29,7 @@ PASSES: list[Callable[[GraphBuilder, Options], None]] = [
     fuse_norm,
     shard,
     fuse_all_reduce,
+    smooth,
     quantize,
 ]
 

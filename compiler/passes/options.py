@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...engines.precisions import Precision
 from ...engines.targets import Target
+
+if TYPE_CHECKING:
+    from ..calibration.file import Calibration
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,7 @@ class Options:
     """rank, world_size: of tensor parallelism; kv_dtype: as plans spell it ("f32", "bf16", "fp8", "i8").
 
     batch_invariant: on a GPU a token's result must not depend on what else is in its step; on a CPU it never does
+    calibration: what is known of activations, if anything
     """
 
     target: Target
@@ -21,3 +26,4 @@ class Options:
     rank: int = 0
     world_size: int = 1
     batch_invariant: bool = False
+    calibration: Calibration | None = None

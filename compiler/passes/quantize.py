@@ -2,7 +2,7 @@
 
 Requires fused RmsNorm, Linear, Embedding and WriteKv nodes. Ensures that each Linear reads activations of the
 precision's type, from a Quantize in front of the first Linear that reads them, that weights are marked with their
-layout's precision, and caches with theirs. fp32 changes nothing but the marks.
+own precision, the head's with its, and caches with theirs. fp32 changes nothing but the marks.
 """
 
 from __future__ import annotations
@@ -29,15 +29,22 @@ def quantize(g: GraphBuilder, options: Options) -> None:
         if is_ours(node, "WriteKv"):
             node.attributes["kv_dtype"] = ir.AttrString("kv_dtype", options.kv_dtype)
         elif is_ours(node, "Linear"):
-            node.attributes["precision"] = ir.AttrString("precision", activation)
+            weight = options.precision.head if is_head(g.graph, node) else options.precision.weight
+            node.attributes["precision"] = ir.AttrString("precision", weight)
             if activation != "f32":
                 _quantize_input(g.graph, node, activation)
         elif is_ours(node, "Embedding"):
             tied = (
                 any(is_ours(user, "Linear") for user in users(node.inputs[1])) if node.inputs[1] is not None else False
             )
-            table = activation if tied else options.precision.table
+            table = options.precision.head if tied else options.precision.table
             node.attributes["precision"] = ir.AttrString("precision", table)
+
+
+def is_head(graph: ir.Graph, linear: ir.Node) -> bool:
+    """Whether its output, gathered from all ranks if there are several, is the logits."""
+    gathered = [user.outputs[0] for user in users(linear.outputs[0]) if is_ours(user, "AllGather")]
+    return any(output in graph.outputs for output in (linear.outputs[0], *gathered))
 
 
 def _quantize_input(graph: ir.Graph, linear: ir.Node, activation: str) -> None:

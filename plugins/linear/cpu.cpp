@@ -2,11 +2,12 @@
 //
 // Work is cut into items of up to four weight panels by up to 256 rows. Within an item K goes in blocks whose weights
 // stay in the L2 cache while all rows pass them; sums rest in the thread's scratch between blocks. Blocks lie at fixed
-// K, so every sum is made of the same partial sums in the same order however many rows there are.
+// K, so every sum is made of the same partial sums in the same order however many rows there are. While a block is
+// multiplied, the weights of the next come from memory to the L2 cache: so reading and computing go on together.
 #include "plugins/linear/epilogue.h"
+#include "plugins/linear/products.h"
 #include "plugins/operators.h"
 #include "plugins/share.h"
-#include "plugins/tile.h"
 #include "runtime/csrc/call_reader.h"
 
 namespace enginery::ENGINERY_ISA {
@@ -14,24 +15,24 @@ namespace enginery::ENGINERY_ISA {
 namespace {
 
 constexpr int64_t kRowBlock = 256;
-constexpr int64_t kBlockSteps = 512;
 constexpr int64_t kSumsStride = kMostPanels * kPanelLanes;
 static_assert(kRowBlock * kSumsStride * 4 <= kThreadScratchBytes);
 
 struct LinearOperands {
     Domain domain = Domain::kTokens;
-    BoundOperand activations, activation_scale, residual, out;
-    const std::byte* weight = nullptr;
-    int64_t activation_stride = 0;  // bytes
+    BoundOperand activation_scale, residual, out;
     int64_t panels = 0;
-    int64_t steps = 0;
+    ProductOperands product;
     Epilogue epilogue;
 };
 
-template <class Dot>
+template <class Product>
 class Linear : public Kernel {
   public:
-    explicit Linear(const LinearOperands& operands) : o_(operands) {}
+    explicit Linear(const LinearOperands& operands) : o_(operands) {
+        const int64_t steps = o_.product.steps, blocks = (steps + Product::kBlockSteps - 1) / Product::kBlockSteps;
+        block_steps_ = round_up((steps + blocks - 1) / blocks, Product::kStepsTogether);
+    }
 
     void run(const Step& step, const Team& team) override {
         const int64_t rows = domain_size(o_.domain, step);
@@ -40,10 +41,8 @@ class Linear : public Kernel {
         const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
         Shares shares(team, groups * row_blocks);
         for (int64_t item = shares.next(); item >= 0; item = shares.next()) {
-            const int64_t panel = item % groups * group;
             const int64_t first_row = item / groups * kRowBlock;
-            run_item(team, first_row, std::min(kRowBlock, rows - first_row), panel,
-                     static_cast<int>(std::min<int64_t>(group, o_.panels - panel)));
+            run_item(team, first_row, std::min(kRowBlock, rows - first_row), item % groups * group, group);
         }
     }
 
@@ -54,49 +53,90 @@ class Linear : public Kernel {
         int panels = gated ? 2 : 1;
         for (const int wanted : {2, 3, 4}) {
             if (gated && wanted == 3) continue;
-            const bool fits = most_rows<Dot>(wanted) >= std::min<int64_t>(rows, 8) || wanted * rows <= Dot::kTiles;
-            if (fits && o_.panels / wanted >= 4 * num_threads) panels = wanted;
+            if (Product::suits(wanted, rows) && o_.panels / wanted >= 4 * num_threads) panels = wanted;
         }
         return panels;
     }
 
+    Block block_at(int64_t panel, int panels, int64_t first_step) const {
+        const int64_t left = std::max<int64_t>(0, o_.panels - panel);
+        return {panel, first_step, std::min(block_steps_, o_.product.steps - first_step),
+                static_cast<int>(std::min<int64_t>(panels, left))};
+    }
+
     void run_item(const Team& team, int64_t first_row, int64_t rows, int64_t panel, int panels) const {
-        auto* sums = reinterpret_cast<typename Dot::Element*>(team.scratch);
-        TileArguments t;
-        Segment segment;
-        t.segments = &segment;
-        t.num_segments = 1;
-        t.activation_stride = o_.activation_stride;
-        t.panel_step = kPanelStep;
-        t.out = sums;
-        t.out_stride = kSumsStride;
-        const std::byte* activations = o_.activations.at<const std::byte>(team) + first_row * o_.activation_stride;
-        for (int64_t first_step = 0; first_step < o_.steps; first_step += kBlockSteps) {
-            segment.steps = std::min(kBlockSteps, o_.steps - first_step);
-            for (int p = 0; p < panels; ++p) {
-                segment.panels[p] = o_.weight + ((panel + p) * o_.steps + first_step) * kPanelStep;
-            }
-            t.activations = activations + first_step * kActivationStep;
-            if (first_step == 0) {
-                multiply_rows<Dot, Finish::kStore>(t, rows, panels);
-            } else {
-                multiply_rows<Dot, Finish::kAdd>(t, rows, panels);
-            }
-        }
         Epilogue epilogue = o_.epilogue;
         epilogue.activation_scale = o_.activation_scale ? o_.activation_scale.at<const float>(team) : nullptr;
         epilogue.residual = o_.residual ? o_.residual.at<const float>(team) : nullptr;
         epilogue.out = o_.out.at<float>(team);
-        finish_tile(epilogue, sums, kSumsStride, first_row, rows, panel, panels);
+        auto* sums = reinterpret_cast<typename Product::Element*>(team.scratch);
+        const Product product(o_.product, team);
+        const bool one_block = block_steps_ >= o_.product.steps;
+        for (int64_t first_step = 0; first_step < o_.product.steps; first_step += block_steps_) {
+            const Block block = block_at(panel, panels, first_step);
+            const bool last = first_step + block_steps_ >= o_.product.steps;
+            const Block next =
+                last ? block_at(panel + panels, panels, 0) : block_at(panel, panels, first_step + block_steps_);
+            int64_t row = first_row;
+            RowTiles tiles(rows, Product::most_rows(block.panels));
+            const int64_t count = tiles.left();
+            while (tiles.left() > 0) {
+                const int64_t index = count - tiles.left();
+                const RowTile tile = {row, tiles.next(), index, count};
+                // Sums that are complete at once stay in the L1 cache.
+                auto* out = sums + (one_block ? 0 : (row - first_row) * kSumsStride);
+                product.multiply(block, tile, next, out, kSumsStride, first_step > 0);
+                if (last) finish_tile(epilogue, out, kSumsStride, row, tile.rows, panel, block.panels);
+                row += tile.rows;
+            }
+        }
     }
 
     LinearOperands o_;
+    int64_t block_steps_;
 };
 
 Activation read_activation(CallReader& reader) {
     const std::string name = reader.choice("activation", {"none", "silu_gated", "gelu_tanh_gated"});
     if (name == "none") return Activation::kNone;
     return name == "silu_gated" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
+const float* floats(const BoundOperand& operand) { return reinterpret_cast<const float*>(operand.data); }
+
+// A weight of one element type.
+void read_panels(CallReader& reader, LinearOperands& o, const std::string& type, int64_t weight_rows) {
+    const std::string layout = type == "f32" ? "f32_k1n16.v0" : type == "bf16" ? "bf16_k2n16.v0" : "int8_k4n16.v0";
+    o.product.steps = o.product.activation_stride / kActivationStep;
+    o.product.weight = reader.required("weight", {layout}, weight_rows * o.product.activation_stride).data;
+    if (type == "f32" || type == "bf16") return;
+    o.epilogue.weight_scale = floats(reader.required("weight_scale", {"scale_f32.v0"}, weight_rows * 4));
+    if (type == "u8" || reader.has("weight_sum")) {
+        const BoundOperand sum = reader.required("weight_sum", {"sum_i32.v0"}, weight_rows * 4);
+        if (type == "u8" && DotU8::kBiased) o.epilogue.weight_sum = reinterpret_cast<const int32_t*>(sum.data);
+    }
+}
+
+// A weight of codes, if it is one: returns the columns of a group.
+int64_t read_codes(CallReader& reader, LinearOperands& o, int64_t weight_rows, int64_t most_rows) {
+    const std::string layout =
+        reader.layout("weight", {"int8_k4n16.v0", "int4_k8n16g32.v0", "int4_k8n16g64.v0", "int4_k8n16g128.v0",
+                                 "uint4_k8n16g32.v0", "uint4_k8n16g64.v0", "uint4_k8n16g128.v0"});
+    if (layout == "int8_k4n16.v0") return 0;
+    const int64_t group = layout.find("g32") != layout.npos ? 32 : layout.find("g64") != layout.npos ? 64 : 128;
+    const int64_t columns = o.product.activation_stride;
+    const int64_t scales = weight_rows * ((columns + group - 1) / group);
+    o.product.steps = columns / kCodeColumns;
+    o.product.group_steps = group / kCodeColumns;
+    o.product.activation_sums = reader.required("a_sums", {"i32"}, most_rows * columns / kSumColumns * 4);
+    o.product.weight = reader.required("weight", {layout}, weight_rows * columns / 2).data;
+    o.product.scales =
+        reinterpret_cast<const uint16_t*>(reader.required("weight_scale", {"scale_f16_n16.v0"}, scales * 2).data);
+    if (layout.starts_with("uint4")) {
+        o.product.zeros =
+            reinterpret_cast<const uint8_t*>(reader.required("weight_zero", {"zero_u8_n16.v0"}, scales).data);
+    }
+    return group;
 }
 
 }  // namespace
@@ -119,33 +159,24 @@ std::unique_ptr<Kernel> make_linear(const CallSpec& call, const Binding& binding
     const int64_t weight_rows = (gated ? 2 : 1) * round_up(n, kPanelLanes);
     const int64_t element_bytes = type == "f32" ? 4 : type == "bf16" ? 2 : 1;
     const int64_t most = reader.largest(o.domain);
-    o.activation_stride = row_stride(k) * element_bytes;
+    o.product.activation_stride = row_stride(k) * element_bytes;
+    o.product.activations = reader.required("a", {type}, most * o.product.activation_stride);
     o.panels = weight_rows / kPanelLanes;
-    o.steps = o.activation_stride / kActivationStep;
-    o.activations = reader.required("a", {type}, most * o.activation_stride);
-    const std::string weight_layout = type == "f32"    ? "f32_k1n16.v0"
-                                      : type == "bf16" ? "bf16_k2n16.v0"
-                                                       : "int8_k4n16.v0";
-    o.weight = reader.required("weight", {weight_layout}, weight_rows * o.activation_stride).data;
-    const auto vector = [&](BoundOperand operand) { return reinterpret_cast<const float*>(operand.data); };
-    if (is_int8) {
-        o.activation_scale = reader.required("a_scale", {"f32"}, most * 4);
-        o.epilogue.weight_scale = vector(reader.required("weight_scale", {"scale_f32.v0"}, weight_rows * 4));
-        if (type == "u8" || reader.has("weight_sum")) {
-            const BoundOperand sum = reader.required("weight_sum", {"sum_i32.v0"}, weight_rows * 4);
-            if (type == "u8" && DotU8::kBiased) o.epilogue.weight_sum = reinterpret_cast<const int32_t*>(sum.data);
-        }
-    }
-    o.epilogue.bias = vector(reader.optional("bias", {"bias_f32.v0"}, weight_rows * 4));
+    if (is_int8) o.activation_scale = reader.required("a_scale", {"f32"}, most * 4);
+    o.epilogue.bias = floats(reader.optional("bias", {"bias_f32.v0"}, weight_rows * 4));
     o.residual = reader.optional("residual", {"f32"}, most * o.epilogue.stride * 4);
     o.out = reader.required("out", {"f32"}, most * o.epilogue.stride * 4);
     if (o.out.per_thread()) reader.fault("operand out: threads divide its columns, so it cannot be per thread");
+    const int64_t group = type == "i8" ? read_codes(reader, o, weight_rows, most) : 0;
+    if (group == 0) read_panels(reader, o, type, weight_rows);
     reader.finish();
 
-    if (type == "f32") return std::make_unique<Linear<DotF32>>(o);
-    if (type == "bf16") return std::make_unique<Linear<DotBf16>>(o);
-    if (type == "u8") return std::make_unique<Linear<DotU8>>(o);
-    return std::make_unique<Linear<DotS8>>(o);
+    if (group > 0 && o.product.zeros != nullptr) return std::make_unique<Linear<GroupProduct<true>>>(o);
+    if (group > 0) return std::make_unique<Linear<GroupProduct<false>>>(o);
+    if (type == "f32") return std::make_unique<Linear<PanelProduct<DotF32>>>(o);
+    if (type == "bf16") return std::make_unique<Linear<PanelProduct<DotBf16>>>(o);
+    if (type == "u8") return std::make_unique<Linear<PanelProduct<DotU8>>>(o);
+    return std::make_unique<Linear<PanelProduct<DotS8>>>(o);
 }
 
 }  // namespace enginery::ENGINERY_ISA

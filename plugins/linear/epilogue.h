@@ -28,16 +28,26 @@ ENGINERY_INLINE VecF activate(Activation kind, VecF x) {
     return set1(0.5f) * x * (set1(1.0f) + tanh(set1(0.7978845608028654f) * cubic));
 }
 
-// The sums of weight rows from `row` on, scaled and biased. `scale` is the activation row's.
-ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const float* sums, int64_t row, VecF) {
-    const VecF x = load(sums);
-    return e.bias == nullptr ? x : x + load(e.bias + row);
+// What is the same for all rows: of the 16 or 8 weight rows from `row` on.
+struct RowFactors {
+    VecF scale, bias;
+    VecI sum;
+};
+
+ENGINERY_INLINE RowFactors load_factors(const Epilogue& e, int64_t row) {
+    RowFactors f;
+    f.scale = e.weight_scale == nullptr ? set1(1.0f) : load(e.weight_scale + row);
+    f.bias = e.bias == nullptr ? zero() : load(e.bias + row);
+    f.sum = e.weight_sum == nullptr ? set1_i32(0) : shift_left(load(e.weight_sum + row), 7);
+    return f;
 }
-ENGINERY_INLINE VecF finish_sums(const Epilogue& e, const int32_t* sums, int64_t row, VecF scale) {
-    VecI sum = load(sums);
-    if (e.weight_sum != nullptr) sum = sum - shift_left(load(e.weight_sum + row), 7);
-    const VecF x = to_float(sum) * scale * load(e.weight_scale + row);
-    return e.bias == nullptr ? x : x + load(e.bias + row);
+
+// Sums of weight rows, scaled and biased. `scale` is the activation row's.
+ENGINERY_INLINE VecF finish_sums(const RowFactors& f, const float* sums, VecF scale) {
+    return fma(load(sums), scale, f.bias);
+}
+ENGINERY_INLINE VecF finish_sums(const RowFactors& f, const int32_t* sums, VecF scale) {
+    return to_float(load(sums) - f.sum) * scale * f.scale + f.bias;
 }
 
 // Rows first_row .. first_row + rows - 1 by the panels from `panel` on. sums: [rows][sums_stride], panel p at 16 p.
@@ -47,26 +57,26 @@ static void finish_tile(const Epilogue& e, const Element* sums, int64_t sums_str
     const bool gated = e.gate != Activation::kNone;
     const int outputs = gated ? panels / 2 : panels;
     const int64_t first_column = (gated ? panel / 2 : panel) * kPanelLanes;
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = first_row + r;
-        const VecF scale = e.activation_scale == nullptr ? zero() : set1(e.activation_scale[row]);
-        for (int v = 0; v < outputs * kPanelVecs; ++v) {
-            const int64_t column = first_column + v * kLanes;
-            if (column >= e.columns) break;
-            const int lane = v % kPanelVecs * kLanes;
-            const int source = (gated ? 2 : 1) * (v / kPanelVecs) * kPanelLanes + lane;
+    for (int v = 0; v < outputs * kPanelVecs; ++v) {
+        const int64_t column = first_column + v * kLanes;
+        if (column >= e.columns) break;
+        const int source = (gated ? 2 : 1) * (v / kPanelVecs) * kPanelLanes + v % kPanelVecs * kLanes;
+        const int count = lanes_left(e.columns, column);
+        const RowFactors factors = load_factors(e, panel * kPanelLanes + source);
+        const RowFactors up = gated ? load_factors(e, panel * kPanelLanes + source + kPanelLanes) : factors;
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t row = first_row + r;
+            const VecF scale = set1(e.activation_scale == nullptr ? 1.0f : e.activation_scale[row]);
             const Element* from = sums + r * sums_stride + source;
-            VecF x = finish_sums(e, from, panel * kPanelLanes + source, scale);
-            if (gated) {
-                x = activate(e.gate, x) *
-                    finish_sums(e, from + kPanelLanes, panel * kPanelLanes + source + kPanelLanes, scale);
-            }
+            VecF x = finish_sums(factors, from, scale);
+            if (gated) x = activate(e.gate, x) * finish_sums(up, from + kPanelLanes, scale);
             if (e.softcap > 0.0f) x = set1(e.softcap) * tanh(x / set1(e.softcap));
-            const int count = lanes_left(e.columns, column);
             if (e.residual != nullptr) x = x + load_part(e.residual + row * e.stride + column, count);
             store_part(e.out + row * e.stride + column, x, count);
         }
-        if (first_column + outputs * kPanelLanes >= e.columns) zero_padding(e.out + row * e.stride, e.columns);
+    }
+    if (first_column + outputs * kPanelLanes >= e.columns) {
+        for (int64_t r = 0; r < rows; ++r) zero_padding(e.out + (first_row + r) * e.stride, e.columns);
     }
 }
 

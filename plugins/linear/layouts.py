@@ -57,6 +57,25 @@ def unpack_int8_k4n16(packed: NDArray[np.int8], n: int, k: int) -> NDArray[np.in
     return _unpack(packed, n, k, 4)
 
 
+def pack_int4_k8n16(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes 0 … 15 [N, K] -> [Np/16, Kp/8, 16, 4]: low halves hold columns k … k + 3, high ones k + 4 … k + 7."""
+    eights = _pack(codes, 8)
+    packed: NDArray[np.uint8] = eights[..., :4] | (eights[..., 4:] << np.uint8(4))
+    return packed
+
+
+def unpack_int4_k8n16(packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.uint8]:
+    """[Np/16, Kp/8, 16, 4] -> codes [n, k]."""
+    return _unpack(np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1), n, k, 8)
+
+
+def pack_groups(values: Array, num_groups: int) -> Array:
+    """Scales or zero points [N, G] -> [Np/16, num_groups, 16], with zeros: scale_f16_n16 and zero_u8_n16."""
+    n, groups = values.shape
+    padded = np.pad(values, ((0, padded_rows(n) - n), (0, num_groups - groups)))
+    return np.ascontiguousarray(padded.reshape(-1, ROW_PADDING, num_groups).transpose(0, 2, 1))
+
+
 def quantize_int8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """float32 [N, K] -> int8 [N, K] in -127 … 127 and its scale [N]: w ≈ int8 · scale.
 

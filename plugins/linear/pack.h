@@ -16,7 +16,8 @@ enum class PackLayout : uint8_t {
     kInt8P128,
     kF32K1N16,
     kBf16K2N16,
-    kInt8K4N16
+    kInt8K4N16,
+    kCodesK8N16
 };
 
 inline constexpr int64_t kPanelRows = 16;
@@ -26,7 +27,7 @@ constexpr int64_t source_bytes(SourceType type) { return type == SourceType::kF3
 constexpr bool is_packed(PackLayout layout) { return layout >= PackLayout::kF32K1N16; }
 
 constexpr bool has_scale(PackLayout layout) {
-    return layout == PackLayout::kFp8P128 || layout == PackLayout::kInt8P128 || layout == PackLayout::kInt8K4N16;
+    return layout == PackLayout::kFp8P128 || layout == PackLayout::kInt8P128 || layout >= PackLayout::kInt8K4N16;
 }
 
 // Bytes of a panel; of a layout that is not packed, of its 16 rows.
@@ -49,9 +50,13 @@ constexpr int64_t panel_bytes(PackLayout layout, int64_t columns) {
             return kPanelRows * padded * 2;
         case PackLayout::kInt8K4N16:
             return kPanelRows * padded;
+        case PackLayout::kCodesK8N16:
+            return kPanelRows * padded / 2;
     }
     return 0;
 }
+
+constexpr int64_t num_groups(int64_t columns, int64_t group) { return ((columns + 63) / 64 * 64 + group - 1) / group; }
 
 struct PackJob {
     const std::byte* source = nullptr;  // [rows, columns] of `type`, contiguous, at any alignment
@@ -62,8 +67,13 @@ struct PackJob {
     std::byte* out = nullptr;  // panel p at p * stride * panel_bytes; without panels row r at r * stride * its bytes
     float* scale = nullptr;    // [16] of panel p at p * stride * 16, or of row r at r * stride
     int32_t* sums = nullptr;   // of kInt8K4N16 alone, as scale
-    float add = 0.0f;          // to every value, in f32, before it is rounded
-    int64_t stride = 1;        // 2 interleaves two matrices
+    // Of kCodesK8N16 alone: columns of a group, and the f16 scales and (null: all 8) zero points, [groups][16] of panel
+    // p at p * stride * 16 * groups, where groups are as many as the padded columns make.
+    int64_t group = 0;
+    uint16_t* half_scale = nullptr;
+    uint8_t* zeros = nullptr;
+    float add = 0.0f;    // to every value, in f32, before it is rounded
+    int64_t stride = 1;  // 2 interleaves two matrices
     int num_threads = 1;
 };
 

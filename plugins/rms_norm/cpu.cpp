@@ -43,7 +43,7 @@ class RmsNorm : public Kernel {
   public:
     Domain domain = Domain::kTokens;
     Output output = Output::kF32;
-    BoundOperand x, delta, sum, out, out_scale;
+    BoundOperand x, delta, sum, out, out_scale, out_sums;
     const float* post_weight = nullptr;
     const float* weight = nullptr;
     int64_t hidden = 0;
@@ -107,7 +107,9 @@ class RmsNorm : public Kernel {
             }
             zero_padding(to, hidden);
         } else {
-            quantize(values, out.at<uint8_t>(team) + row * stride, out_scale.at<float>(team) + row);
+            auto* to = out.at<uint8_t>(team) + row * stride;
+            quantize(values, to, out_scale.at<float>(team) + row);
+            if (out_sums) add_up(reinterpret_cast<const int8_t*>(to), out_sums.at<int32_t>(team) + row * stride / 32);
         }
     }
 
@@ -122,6 +124,15 @@ class RmsNorm : public Kernel {
             store_bytes_part(to + i, to_int(bounded) + offset, count);
         }
         zero_padding(to, hidden);
+    }
+
+    // What codes of four bits, which are 8 too large, make of each 32 values: -8 times their sum, to be added.
+    void add_up(const int8_t* values, int32_t* sums) const {
+        for (int64_t block = 0; block < row_stride(hidden) / 32; ++block) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < 32; ++i) sum += values[block * 32 + i];
+            sums[block] = -8 * sum;
+        }
     }
 };
 
@@ -156,6 +167,10 @@ std::unique_ptr<Kernel> make_rms_norm(const CallSpec& call, const Binding& bindi
     if (element_bytes == 1) kernel->out_scale = reader.required("out_scale", {"f32"}, most * 4);
     if (kernel->out_scale && kernel->out_scale.per_thread() != kernel->out.per_thread()) {
         reader.fault("operands out and out_scale: one is per thread and the other is not");
+    }
+    if (type == "i8") kernel->out_sums = reader.optional("out_sums", {"i32"}, elements / 32 * 4);
+    if (kernel->out_sums && kernel->out_sums.per_thread() != kernel->out.per_thread()) {
+        reader.fault("operands out and out_sums: one is per thread and the other is not");
     }
     if (kernel->out.per_thread() && kernel->sum && !kernel->sum.per_thread()) {
         // One thread writes the sum while others still read what it is made of.

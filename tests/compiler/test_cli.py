@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from enginery.compiler import cli
+from enginery.compiler import command
 from enginery.compiler.build import BuildRequest, prepare
 from enginery.compiler.cli import build_engine
 from enginery.engines.manifest import read_manifest
@@ -130,7 +130,7 @@ def test_a_signal_ends_a_build_and_leaves_nothing(checkpoint: Path, tmp_path: Pa
 def test_packages_that_are_missing_are_named_with_the_command(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_REQUIRED", ("onnx", "onnx_moon", "moons"))
+    monkeypatch.setattr(command, "_REQUIRED", ("onnx", "onnx_moon", "moons"))
     result = run(checkpoint, "--plan")
     assert result.exit_code == 2
     assert result.output == 'build-engine needs onnx_moon, moons: pip install "enginery[compiler]"\n'

@@ -48,7 +48,7 @@ def stage_errors(case: str, directory: Path) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_stage_gives_the_logits_of_transformers(case: str, tmp_path: Path) -> None:
     errors = stage_errors(case, tmp_path)
-    assert len(errors) == 11
+    assert len(errors) == 12
     assert max(errors.values()) < 2e-5, errors
 
 

@@ -15,6 +15,10 @@ from enginery.engines.precisions import KV_CACHE_DTYPES, PRECISIONS
         ("f32_k1n16.v0", 32 * 128 * 4),
         ("bf16_k2n16.v0", 32 * 128 * 2),
         ("int8_k4n16.v0", 32 * 128),
+        ("int4_k8n16g32.v0", 32 * 128 // 2),
+        ("uint4_k8n16g128.v0", 32 * 128 // 2),
+        ("scale_f16_n16.v0", 32 * 65 * 2),
+        ("zero_u8_n16.v0", 32 * 65),
         ("scale_f32.v0", 32 * 4),
         ("sum_i32.v0", 32 * 4),
         ("bias_f32.v0", 32 * 4),
@@ -22,7 +26,7 @@ from enginery.engines.precisions import KV_CACHE_DTYPES, PRECISIONS
 )
 def test_layouts_take_the_bytes_that_the_format_says(layout: str, num_bytes: int) -> None:
     """17 rows of 65 columns, padded to 16 and 64 where the layout pads."""
-    vector = layout.startswith(("scale", "sum", "bias"))
+    vector = layout.startswith(("scale_f32", "sum", "bias"))
     assert LAYOUTS[layout].num_bytes(17, 1 if vector else 65) == num_bytes
 
 

@@ -22,9 +22,15 @@ NEEDS = {
 }
 
 # Of results against the reference, relative to the largest of them, by the type that products are made in.
-TOLERANCES = {"f32": 3e-6, "bf16": 3e-6, "i8": 3e-6, "u8": 3e-6, "kv bf16": 8e-3, "kv i8": 8e-3}
+TOLERANCES = {"f32": 3e-6, "bf16": 3e-6, "i8": 3e-6, "u8": 3e-6, "codes": 3e-6, "kv bf16": 8e-3, "kv i8": 8e-3}
 
-DTYPES = {np.dtype(np.float32): "f32", np.dtype(np.uint16): "bf16", np.dtype(np.int8): "i8", np.dtype(np.uint8): "u8"}
+DTYPES = {
+    np.dtype(np.float32): "f32",
+    np.dtype(np.uint16): "bf16",
+    np.dtype(np.int8): "i8",
+    np.dtype(np.uint8): "u8",
+    np.dtype(np.int32): "i32",
+}
 
 
 def pad_rows(x: Array, fill: float = 0) -> Array:

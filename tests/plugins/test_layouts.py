@@ -10,14 +10,16 @@ import pytest
 from enginery.compiler import _pack
 from enginery.compiler import pack as in_numpy
 from enginery.compiler.pack import PackRows, find_packer
-from enginery.engines.layouts import LAYOUTS, padded_columns, padded_rows, round_up
+from enginery.engines.layouts import GROUPS, LAYOUTS, padded_columns, padded_rows
 from enginery.plugins.linear import layouts
+from enginery.plugins.linear.quantize_int4 import dequantize_int4, quantize_int4
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-PACKED = ["f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0"]
+CODES = [f"{codes}_k8n16g{group}.v0" for codes in ("int4", "uint4") for group in GROUPS]
+PACKED = ["f32_k1n16.v0", "bf16_k2n16.v0", "int8_k4n16.v0", *CODES]
 ROWS = ["rows_f32.v0", "rows_bf16.v0"]
 GPU = ["bf16_p128.v0", "fp8_p128.v0", "int8_p128.v0"]
 SOURCES = ["f32", "bf16", "f16"]
@@ -52,38 +54,56 @@ def stored(w: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], NDArr
     return values.view(np.uint8), values.astype(np.float32)
 
 
-def expected(w: NDArray[np.float32], layout: str) -> tuple[bytes, bytes, bytes]:
-    """Bytes of the packed matrix, of its scale and of its sums."""
+def expected(w: NDArray[np.float32], layout: str) -> tuple[bytes, ...]:
+    """Bytes of the packed matrix, and of its scale, sums and zero points."""
+    if layout in CODES:
+        groups, has_zeros = LAYOUTS[layout].num_groups(w.shape[1]), LAYOUTS[layout].zeros
+        codes, scales, zeros = quantize_int4(w, LAYOUTS[layout].group, symmetric=not has_zeros)
+        beside = [layouts.pack_groups(x, groups).tobytes() for x in (scales, zeros)]
+        return layouts.pack_int4_k8n16(codes).tobytes(), beside[0], b"", beside[1] if has_zeros else b""
     if layout == "int8_k4n16.v0":
         q, scale = layouts.quantize_int8(w)
         sums = layouts.row_sums(q)
-        return tuple(x.tobytes() for x in (layouts.pack_int8_k4n16(q), *map(layouts.pad_vector, (scale, sums))))
+        vectors = map(layouts.pad_vector, (scale, sums))
+        return (*(x.tobytes() for x in (layouts.pack_int8_k4n16(q), *vectors)), b"")
     if layout in GPU:
         rows, scale = layouts.encode_rows(w, layout)
         assert rows.shape[1] % 128 == 0
         assert not rows[:, w.shape[1] :].any()
-        return rows.tobytes(), scale.tobytes() if LAYOUTS[layout].scaled else b"", b""
+        return rows.tobytes(), scale.tobytes() if LAYOUTS[layout].scaled else b"", b"", b""
     whole = {
         "f32_k1n16.v0": layouts.pack_f32_k1n16,
         "bf16_k2n16.v0": layouts.pack_bf16_k2n16,
         "rows_f32.v0": np.array,
         "rows_bf16.v0": layouts.to_bf16,
     }[layout](w)
-    return whole.tobytes(), b"", b""
+    return whole.tobytes(), b"", b"", b""
+
+
+def beside(layout: str, rows: int, k: int) -> list[Array | None]:
+    """Garbage for scale, sums and zero points, where the layout has them."""
+    groups = LAYOUTS[layout].num_groups(k)
+    scale: Array = np.full(rows, np.nan, np.float32)
+    if LAYOUTS[layout].group:
+        scale = np.full(rows * groups, 0xAAAA, np.uint16)
+    return [
+        scale if LAYOUTS[layout].scaled else None,
+        np.full(rows, -7, np.int32) if layout == "int8_k4n16.v0" else None,
+        np.full(rows * groups, 0xAA, np.uint8) if LAYOUTS[layout].zeros else None,
+    ]
 
 
 def pack(
     pack_rows: PackRows, source: Array, dtype: str, n: int, k: int, layout: str, **options: Any
-) -> tuple[bytes, bytes, bytes]:
+) -> tuple[bytes, ...]:
     """What pack_rows writes, where there was garbage before; it must find all values finite."""
     rows = n if layout in GPU else padded_rows(n)
-    out = np.full(round_up(k, 128) * n * LAYOUTS[layout].element_bytes, 0xAA, np.uint8)
+    out = np.full(LAYOUTS[layout].row_bytes(k) * n, 0xAA, np.uint8)
     if layout not in GPU:
         out = np.full(LAYOUTS[layout].num_bytes(n, k), 0xAA, np.uint8)
-    scale = np.full(rows, np.nan, np.float32) if LAYOUTS[layout].scaled else None
-    sums = np.full(rows, -7, np.int32) if layout == "int8_k4n16.v0" else None
-    assert pack_rows(source, dtype, n, k, layout, out, scale, sums, **options) == -1
-    return out.tobytes(), b"" if scale is None else scale.tobytes(), b"" if sums is None else sums.tobytes()
+    arrays = beside(layout, rows, k)
+    assert pack_rows(source, dtype, n, k, layout, out, *arrays, **options) == -1
+    return out.tobytes(), *(b"" if array is None else array.tobytes() for array in arrays)
 
 
 @pytest.mark.parametrize("dtype", SOURCES)
@@ -105,6 +125,8 @@ def test_unpack_restores_what_was_packed(shape: tuple[int, int], seed: int) -> N
     np.testing.assert_array_equal(layouts.unpack_bf16_k2n16(layouts.pack_bf16_k2n16(w), *shape), rounded)
     q, _ = layouts.quantize_int8(w)
     np.testing.assert_array_equal(layouts.unpack_int8_k4n16(layouts.pack_int8_k4n16(q), *shape), q)
+    codes = (q & 15).astype(np.uint8)
+    np.testing.assert_array_equal(layouts.unpack_int4_k8n16(layouts.pack_int4_k8n16(codes), *shape), codes)
 
 
 @pytest.mark.parametrize(("layout", "columns"), [("f32_k1n16.v0", 1), ("bf16_k2n16.v0", 2), ("int8_k4n16.v0", 4)])
@@ -113,11 +135,43 @@ def test_element_lies_where_the_format_says(pack_rows: PackRows, layout: str, co
     for row, column in [(0, 0), (15, 3), (16, 1), (34, 69), (20, 64)]:
         w = np.zeros((n, k), np.float32)
         w[row, column] = 1.0
-        data, _, _ = pack(pack_rows, w.view(np.uint8), "f32", n, k, layout)
-        elements = np.frombuffer(data, np.uint8).reshape(-1, LAYOUTS[layout].element_bytes)
+        data, *_ = pack(pack_rows, w.view(np.uint8), "f32", n, k, layout)
+        elements = np.frombuffer(data, np.uint8).reshape(-1, LAYOUTS[layout].bits // 8)
         panel = row // 16 * padded_columns(k) * 16
         wanted = panel + (column // columns * 16 + row % 16) * columns + column % columns
         assert list(np.flatnonzero(elements.any(axis=1))) == [wanted]
+
+
+@pytest.mark.parametrize("layout", CODES)
+def test_code_lies_where_the_format_says(pack_rows: PackRows, layout: str) -> None:
+    n, k = 35, 70
+    group, groups = LAYOUTS[layout].group, LAYOUTS[layout].num_groups(k)
+    for row, column in [(0, 0), (15, 3), (16, 4), (34, 69), (20, 64), (33, 39)]:
+        w = np.zeros((n, k), np.float32)
+        w[row, column] = -8.0
+        data, scale, *_ = pack(pack_rows, w.view(np.uint8), "f32", n, k, layout)
+        wanted = np.full((48, 128), 8 if layout.startswith("int4") else 0, np.uint8)
+        wanted[n:], wanted[:, k:] = 0, 0
+        first = column // group * group
+        wanted[row, first : min(first + group, k)] = 8 if layout.startswith("int4") else 15
+        wanted[row, column] = 0
+        flat = np.frombuffer(data, np.uint8)
+        for r, c in np.ndindex(*wanted.shape):
+            byte = flat[((r // 16 * 16 + c // 8) * 16 + r % 16) * 4 + c % 4]
+            assert (byte >> 4 if c % 8 > 3 else byte & 15) == wanted[r, c]
+        halves = np.frombuffer(scale, np.float16).reshape(-1, groups, 16)
+        assert np.argwhere(halves).tolist() == [[row // 16, column // group, row % 16]]
+
+
+@given(shape=SHAPES, seed=st.integers(0, 1000), group=st.sampled_from(GROUPS), symmetric=st.booleans())
+def test_codes_stand_for_what_they_were_made_of(shape: tuple[int, int], seed: int, group: int, symmetric: bool) -> None:
+    w = np.clip(weights(*shape, seed), -1e4, 1e4)
+    codes, scales, zeros = quantize_int4(w, group, symmetric)
+    step = np.abs(scales.astype(np.float32))[:, np.arange(shape[1]) // group]
+    error = np.abs(dequantize_int4(codes, scales, zeros, group) - w)
+    # Half a step; a whole one at an end of the grid; and what f16 cannot tell from 0.
+    assert (error <= step * 1.01 + 1e-6).all()
+    assert np.median(error / np.maximum(step, 1e-6)) < 0.5
 
 
 @pytest.mark.parametrize("layout", PACKED + ROWS)
@@ -135,29 +189,31 @@ def test_gated_weight_interleaves_panels(pack_rows: PackRows, layout: str) -> No
     n, k = 40, 100
     gate, up = weights(n, k, 2), weights(n, k, 3)
     half = LAYOUTS[layout].num_bytes(n, k)
-    is_int8 = layout == "int8_k4n16.v0"
-    out = np.full(2 * half, 0xAA, np.uint8)
-    scale, sums = np.full(2 * 48, np.nan, np.float32), np.full(2 * 48, -7, np.int32)
+    out, arrays = np.full(2 * half, 0xAA, np.uint8), beside(layout, 2 * 48, k)
     for panel, w in enumerate((gate, up)):
-        vectors = (scale[16 * panel :], sums[16 * panel :]) if is_int8 else (None, None)
+        vectors = [None if array is None else array[panel * len(array) // 6 :] for array in arrays]
         source = w.view(np.uint8)
         assert pack_rows(source, "f32", n, k, layout, out[panel * half // 3 :], *vectors, stride=2) == -1
-    matrix, scales, row_sums = expected(layouts.interleave_gated(gate, up), layout)
-    assert out.tobytes() == matrix
-    if is_int8:
-        assert (scale.tobytes(), sums.tobytes()) == (scales, row_sums)
+    wanted = expected(layouts.interleave_gated(gate, up), layout)
+    if layout in CODES:  # of rows that are padding, even codes are 0
+        groups, has_zeros = LAYOUTS[layout].num_groups(k), LAYOUTS[layout].zeros
+        halves = [quantize_int4(w, LAYOUTS[layout].group, symmetric=not has_zeros) for w in (gate, up)]
+        codes, scales, zeros = (layouts.interleave_gated(*pair) for pair in zip(*halves, strict=True))
+        vectors = [layouts.pack_groups(x, groups).tobytes() for x in (scales, zeros)]
+        wanted = (layouts.pack_int4_k8n16(codes).tobytes(), vectors[0], b"", vectors[1] if has_zeros else b"")
+    assert (out.tobytes(), *(b"" if array is None else array.tobytes() for array in arrays)) == wanted
 
 
 @pytest.mark.parametrize("layout", GPU)
 def test_gated_weight_interleaves_rows(pack_rows: PackRows, layout: str) -> None:
     n, k = 40, 100
     gate, up = weights(n, k, 2), weights(n, k, 3)
-    row_bytes = 128 * LAYOUTS[layout].element_bytes
+    row_bytes = LAYOUTS[layout].row_bytes(k)
     out, scale = np.full(2 * n * row_bytes, 0xAA, np.uint8), np.full(2 * n, np.nan, np.float32)
     for row, w in enumerate((gate, up)):
         scales = scale[row:] if LAYOUTS[layout].scaled else None
         assert pack_rows(w.view(np.uint8), "f32", n, k, layout, out[row * row_bytes :], scales, stride=2) == -1
-    matrix, wanted, _ = expected(layouts.interleave_rows(gate, up), layout)
+    matrix, wanted, *_ = expected(layouts.interleave_rows(gate, up), layout)
     assert out.tobytes() == matrix
     assert not LAYOUTS[layout].scaled or scale.tobytes() == wanted
 
@@ -198,10 +254,7 @@ def test_first_value_that_is_not_finite_is_found(
     }[dtype]
     source.view(bits.dtype).reshape(-1)[where] = bits
     out = np.zeros(LAYOUTS[layout].num_bytes(n, k), np.uint8)
-    vectors: list[Array] = [np.zeros(padded_rows(n), np.float32)] if LAYOUTS[layout].scaled else []
-    if layout == "int8_k4n16.v0":
-        vectors += [np.zeros(padded_rows(n), np.int32)]
-    assert pack_rows(source, dtype, n, k, layout, out, *vectors, num_threads=3) == min(where)
+    assert pack_rows(source, dtype, n, k, layout, out, *beside(layout, padded_rows(n), k), num_threads=3) == min(where)
 
 
 def test_value_that_bf16_rounds_to_infinity_is_not_finite(pack_rows: PackRows) -> None:
@@ -240,8 +293,11 @@ def test_unaligned_source(pack_rows: PackRows) -> None:
         ({"layout": "rows_i8.v0"}, "unknown layout 'rows_i8.v0'"),
         ({"stride": 0}, "must be positive"),
         ({"out": np.zeros(4095, np.uint8)}, "out has 4095 elements, wanted at least 4096"),
-        ({"scale": np.zeros(16, np.float32)}, "scale belongs to int8 and fp8 layouts"),
-        ({"layout": "int8_k4n16.v0"}, "scale belongs to int8 and fp8 layouts"),
+        ({"scale": np.zeros(16, np.float32)}, "scale belongs to int8, fp8 and int4 layouts"),
+        ({"layout": "int8_k4n16.v0"}, "scale belongs to int8, fp8 and int4 layouts"),
+        ({"layout": "int4_k8n16g32.v0"}, "scale belongs to int8, fp8 and int4 layouts"),
+        ({"layout": "uint4_k8n16g32.v0", "scale": np.zeros(32, np.uint16)}, "zeros to uint4"),
+        ({"layout": "int4_k8n16g32.v0", "scale": np.zeros(31, np.uint16)}, "scale has 31 elements, wanted at least 32"),
     ],
 )
 def test_sizes_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:

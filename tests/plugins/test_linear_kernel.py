@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from enginery.engines.errors import EngineFormatError
+from enginery.engines.layouts import LAYOUTS
 from enginery.plugins.linear import layouts
+from enginery.plugins.linear.quantize_int4 import dequantize_int4, quantize_int4
 from enginery.plugins.linear.reference import linear
 from enginery.plugins.rms_norm.reference import quantize_rows
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-TYPES = ("f32", "bf16", "i8", "u8")
+TYPES = ("f32", "bf16", "i8", "u8", *(f"{codes}g{group}" for codes in ("int4", "uint4") for group in (32, 64, 128)))
 
 
 class Problem:
@@ -49,6 +51,19 @@ class Problem:
         elif self.dtype == "bf16":
             a = self.kernels.to_bf16(self.a)
             call.weight("weight", "bf16_k2n16", layouts.pack_bf16_k2n16(self.interleave(self.weights)))
+        elif "int4" in self.dtype:
+            a, scales = quantize_rows(self.a)
+            call.buffer("a_scale", scales)
+            padded = self.kernels.pad_rows(a).astype(np.int32)
+            call.buffer("a_sums", -8 * padded.reshape(m, padded.shape[1] // 32, 32).sum(axis=2, dtype=np.int32))
+            name, group = self.dtype.split("g")
+            layout = f"{name}_k8n16g{group}"
+            groups = LAYOUTS[f"{layout}.v0"].num_groups(k)
+            codes, halves, zeros = quantize_int4(self.interleave(self.weights), int(group), name == "int4")
+            call.weight("weight", layout, layouts.pack_int4_k8n16(codes))
+            call.weight("weight_scale", "scale_f16_n16", layouts.pack_groups(halves, groups))
+            if name == "uint4":
+                call.weight("weight_zero", "zero_u8_n16", layouts.pack_groups(zeros, groups))
         else:
             a, scales = quantize_rows(self.a)
             quantized, scale = layouts.quantize_int8(self.interleave(self.weights))
@@ -72,6 +87,12 @@ class Problem:
         a, weights = self.a, self.weights
         if self.dtype == "bf16":
             a, *weights = [self.kernels.from_bf16(self.kernels.to_bf16(x)) for x in (a, *weights)]
+        elif "int4" in self.dtype:
+            name, group = self.dtype.split("g")
+            coded = [quantize_int4(w, int(group), name == "int4") for w in weights]
+            weights = [dequantize_int4(*parts, int(group)) for parts in coded]
+            q, scale = quantize_rows(a)
+            a = q.astype(np.float32) * scale[:, None]
         elif self.dtype in ("i8", "u8"):
             a, *weights = [q.astype(np.float32) * s[:, None] for q, s in map(quantize_rows, (a, *weights))]
         biases: list[Any] = self.biases if self.options["bias"] else [None, None]
@@ -111,7 +132,12 @@ def test_matches_reference(
     call = problem.call()
     call.run(isa, num_threads)
     out = call.arrays["out"]
-    kernels.assert_close(out[:, :n], problem.wanted(), dtype, k if options["activation"] != "none" else k**0.5)
+    kernels.assert_close(
+        out[:, :n],
+        problem.wanted(),
+        "codes" if "int4" in dtype else dtype,
+        k if options["activation"] != "none" else k**0.5,
+    )
     assert not out[:, n:].any()
 
 
@@ -124,7 +150,7 @@ def test_a_row_is_the_same_alone_and_among_others(isa: str, kernels: Any, dtype:
     call.run(isa, num_threads=2)
     for begin, end in [(0, 1), (1, 3), (3, 10), (10, 43), (43, 173), (299, 300)]:
         part = whole.call()
-        rows = {"a", "a_scale", "residual", "out"} & part.arrays.keys()
+        rows = {"a", "a_scale", "a_sums", "residual", "out"} & part.arrays.keys()
         part.arrays |= {name: part.arrays[name][begin:end].copy() for name in rows}
         part.step = {"num_tokens": end - begin}
         part.run(isa)
@@ -146,6 +172,20 @@ def test_int8_extremes_do_not_saturate(isa: str, kernels: Any) -> None:
         call.run(isa)
         signed = activation - 128 if dtype == "u8" else activation
         np.testing.assert_array_equal(call.arrays["out"][:, :16], np.tile(weight.sum(axis=1) * float(signed), (4, 1)))
+
+
+def test_codes_at_their_extremes_do_not_saturate(isa: str, kernels: Any) -> None:
+    k = 4096
+    for value, code in ((-127, 15), (127, 15), (127, 0), (-127, 0)):
+        call = Problem(kernels, "uint4g128", 4, 16, k, 0, **PLAIN).call()
+        call.arrays["a"][:] = value
+        call.arrays["a_scale"][:] = 1
+        call.arrays["a_sums"][:] = -8 * 32 * value
+        call.arrays["weight"][:] = code * 17
+        call.arrays["weight_scale"][:] = 2
+        call.arrays["weight_zero"][:] = 3
+        call.run(isa)
+        np.testing.assert_array_equal(call.arrays["out"][:, :16], float(value * (code - 3) * 2 * k))
 
 
 HOSTILE = {
@@ -171,10 +211,24 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("fault", HOSTILE)
+HOSTILE_CODES = {
+    "sums that are none": (lambda call: call.operands["a_sums"].update(layout="f32"), "a_sums"),
+    "too few sums": (lambda call: call.arrays.update(a_sums=call.arrays["a_sums"].ravel()[:-1].copy()), "a_sums"),
+    "too few scales of groups": (
+        lambda call: call.arrays.update(weight_scale=call.arrays["weight_scale"].ravel()[:-1].copy()),
+        "weight_scale: wanted",
+    ),
+    "zero points that are missing": (
+        lambda call: call.operands["weight"].update(layout="uint4_k8n16g32.v0"),
+        "weight_zero is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*HOSTILE, *HOSTILE_CODES])
 def test_refuses(isa: str, kernels: Any, fault: str) -> None:
-    change, message = HOSTILE[fault]
-    call = Problem(kernels, "f32", 3, 32, 64, 0, **PLAIN).call()
+    change, message = (HOSTILE | HOSTILE_CODES)[fault]
+    call = Problem(kernels, "int4g32" if fault in HOSTILE_CODES else "f32", 3, 32, 64, 0, **PLAIN).call()
     call.run(isa)
     change(call)
     with pytest.raises(EngineFormatError, match=message):

@@ -35,6 +35,8 @@ def build(
     call.buffer("out", np.full((rows, stride), 77, ELEMENTS[dtype]))
     if dtype in ("i8", "u8"):
         call.buffer("out_scale", np.full(rows, np.nan, np.float32))
+    if dtype == "i8":
+        call.buffer("out_sums", np.full((rows, stride // 32), 77, np.int32))
     return call, given_
 
 
@@ -46,6 +48,9 @@ def check(kernels: Any, dtype: str, call: Any, given_: dict[str, Any], hidden: i
         kernels.assert_close(call.arrays["sum"][:, :hidden], total, "f32")
         assert not call.arrays["sum"][:, hidden:].any()
     assert not found[:, hidden:].any()
+    if "out_sums" in call.arrays:
+        sums = found.astype(np.int32).reshape(len(found), found.shape[1] // 32, 32).sum(axis=2)
+        np.testing.assert_array_equal(call.arrays["out_sums"], -8 * sums)
     found = found[:, :hidden]
     if dtype == "f32":
         kernels.assert_close(found, out, "f32")
@@ -85,7 +90,7 @@ def test_a_row_is_the_same_alone_and_among_others(isa: str, kernels: Any, dtype:
     call.run(isa, num_threads=2)
     for row in (0, 7, 32):
         alone, _ = build(kernels, dtype, 33, 333, delta=True, post=True, weight=True, seed=1)
-        for name in {"x", "delta", "sum", "out", "out_scale"} & alone.arrays.keys():
+        for name in {"x", "delta", "sum", "out", "out_scale", "out_sums"} & alone.arrays.keys():
             alone.arrays[name] = alone.arrays[name][row : row + 1].copy()
         alone.step = {"num_rows": 1}
         alone.run(isa)
@@ -97,10 +102,11 @@ def test_every_thread_fills_a_buffer_of_its_own(isa: str, kernels: Any) -> None:
     call, given_ = build(kernels, "i8", 3, 70, delta=True, post=False, weight=True, seed=2)
     call.buffer("out", np.zeros((3, 3, 128), np.int8), per_thread=True)
     call.buffer("out_scale", np.zeros((3, 3), np.float32), per_thread=True)
+    call.buffer("out_sums", np.zeros((3, 3, 4), np.int32), per_thread=True)
     call.run(isa, num_threads=3)
-    outs, scales = call.arrays["out"], call.arrays["out_scale"]
+    outs, scales, sums = (call.arrays[name] for name in ("out", "out_scale", "out_sums"))
     for thread in range(3):
-        call.arrays |= {"out": outs[thread], "out_scale": scales[thread]}
+        call.arrays |= {"out": outs[thread], "out_scale": scales[thread], "out_sums": sums[thread]}
         check(kernels, "i8", call, given_, 70)
 
 
