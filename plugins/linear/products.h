@@ -55,7 +55,8 @@ class PanelProduct {
         : o_(operands), activations_(o_.activations.at<const std::byte>(team)) {}
 
     static int64_t most_rows(int panels) { return enginery::ENGINERY_ISA::most_rows<Dot>(panels); }
-    // Many streams from memory at once make each of them slow: two panels where rows, not memory, are the limit.
+    // Many streams from memory at once slow each other down: more than two panels only to have enough products in
+    // flight.
     static bool suits(int panels, int64_t rows) {
         return rows <= kFewRows ? panels * rows <= Dot::kTiles
                                 : panels <= 2 && most_rows(panels) >= std::min<int64_t>(rows, 8);
@@ -100,8 +101,10 @@ class GroupProduct {
           sums_(o_.activation_sums.at<const int32_t>(team)) {}
 
     static int64_t most_rows(int panels) { return most_group_rows(panels); }
+    // As measured: tiles of 4 rows by 3 panels keep more products in flight than 4 by 2, and of 6 by 2 load less.
     static bool suits(int panels, int64_t rows) {
-        return panels <= (rows <= kFewRows ? 4 : 2) && panels * std::min<int64_t>(rows, 6) <= kGroupTiles;
+        const int most = rows <= kFewRows ? 4 : rows < 12 ? 3 : 2;
+        return panels <= most && panels * std::min<int64_t>(rows, 4) <= kGroupTiles;
     }
 
     void multiply(const Block& block, const RowTile& tile, const Block& next, float* out, int64_t stride,
