@@ -16,6 +16,7 @@ from enginery.compiler import command
 from enginery.compiler.build import BuildRequest, prepare
 from enginery.compiler.cli import build_engine
 from enginery.engines.manifest import read_manifest
+from enginery.engines.weights import read_weights_header
 
 from ..tiny import make_checkpoint
 
@@ -57,6 +58,39 @@ def test_every_option_reaches_the_engine(checkpoint: Path, tmp_path: Path, monke
     assert (manifest.default_max_model_len, manifest.tensor_parallel_size) == (100, 2)
     assert (requests[0].num_threads, requests[0].batch_invariant) == (3, True)
     assert f"{tmp_path / 'engine'}: llama bf16 for cpu-avx512, " in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [("", "int4_k8n16g32.v0"), ("--group-size 128", "int4_k8n16g128.v0"), ("--zero-points", "uint4_k8n16g32.v0")],
+)
+def test_weights_of_four_bits_have_the_groups_that_were_asked_for(
+    options: str, layout: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = run(checkpoint, "-o", tmp_path / "engine", "--target", "cpu", "--precision", "int4", *options.split())
+    assert result.exit_code == 0, result.output
+    placed = read_weights_header(tmp_path / "engine" / "weights.rank0.safetensors").placed
+    layouts = {place.tensor.layout for place in placed.values() if "_k" in place.tensor.layout}
+    assert layouts == {layout, "int8_k4n16.v0"}
+    assert [name for name, place in placed.items() if place.tensor.layout == "int8_k4n16.v0"] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--precision int8 --group-size 64",
+            "--group-size belongs to --precision int4; int8 has",
+        ),
+        ("--precision bf16 --zero-points", "--zero-points belongs to --precision int4"),
+        ("--precision int4 --group-size 48", "'48' is not one of '32', '64', '128'"),
+        ("--precision int4 --target cuda-sm90", "precision 'int4' is not there for cuda-sm90"),
+    ],
+)
+def test_groups_are_refused_where_there_are_none(options: str, message: str, checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, "-o", tmp_path / "engine", *options.split())
+    assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert not (tmp_path / "engine").exists()
 
 
 def test_progress_is_told_by_tenths(checkpoint: Path, tmp_path: Path) -> None:

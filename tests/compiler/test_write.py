@@ -12,9 +12,11 @@ import pytest
 import torch
 from enginery.compiler.build import BuildRequest, build, prepare
 from enginery.engines.errors import CheckpointError
+from enginery.engines.layouts import LAYOUTS
 from enginery.engines.manifest import read_manifest
 from enginery.engines.weights import read_weights_header
 from enginery.plugins.linear import layouts
+from enginery.plugins.linear.quantize_int4 import quantize_int4
 from safetensors.torch import load_file, save_file
 
 from ..tiny import make_checkpoint
@@ -43,7 +45,7 @@ def written(model: Path, output: Path, **options: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_steps_do_not_show(
     precision: str, ranks: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,3 +143,34 @@ def test_int8_weights_of_every_kind_are_those_of_the_reference(checkpoint: Path,
         assert bytes_of(f"{name}.sum") == layouts.pad_vector(layouts.row_sums(quantized)).tobytes()
         checked += 1
     assert checked == 3 * 4 + 1 + 1
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_int4_weights_of_every_kind_are_those_of_the_reference(
+    zero_points: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Plain, stacked and gated, with the scales and zero points of each group."""
+    options = {"precision": "int4", "zero_points": zero_points, "group_size": 32}
+    (content,) = written(checkpoint, tmp_path / "engine", **options)
+    placed = read_weights_header(tmp_path / "engine" / "weights.rank0.safetensors").placed
+    source = {name: tensor.numpy() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    checked = 0
+
+    def bytes_of(name: str) -> bytes:
+        return content[placed[name].offset :][: placed[name].tensor.num_bytes]
+
+    for name, place in placed.items():
+        if "int4" not in place.tensor.layout:
+            continue
+        names = dict.fromkeys(piece.partition("[")[0] for piece in place.tensor.sources)
+        parts = [quantize_int4(source[part], 32, symmetric=not zero_points) for part in names]
+        join = layouts.interleave_gated if name.endswith("gate_up.weight") else lambda *each: np.concatenate(each)
+        codes, scales, zeros = (join(*each) for each in zip(*parts, strict=True))
+        groups = LAYOUTS[place.tensor.layout].num_groups(codes.shape[1])
+        assert bytes_of(name) == layouts.pack_int4_k8n16(codes).tobytes()
+        assert bytes_of(f"{name}.scale") == layouts.pack_groups(scales, groups).tobytes()
+        assert (f"{name}.zero" in placed) == zero_points
+        if zero_points:
+            assert bytes_of(f"{name}.zero") == layouts.pack_groups(zeros, groups).tobytes()
+        checked += 1
+    assert checked == 3 * 4 + 1

@@ -160,7 +160,7 @@ def test_narrow_checkpoints_are_widened_exactly(dtype: torch.dtype, tmp_path: Pa
     assert generate(compiled(tmp_path / "model", tmp_path / "engine"), PROMPTS, 32) == wanted
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
 def test_batched_chunked_cached_and_alone_are_the_same(precision: str, kv_cache_dtype: str, tmp_path: Path) -> None:
     """Bit for bit: the logprobs too."""
