@@ -128,10 +128,23 @@ class GroupProduct {
         t.out_stride = stride;
         t.add = add;
         t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
+        if (t.num_ahead > 0) prefetch_scales(next, tile, groups);
         kGroupFunctions<zero_points>[static_cast<size_t>(block.panels)][static_cast<size_t>(tile.rows)](t);
     }
 
   private:
+    // Scales are an eighth of the bytes or less, and come all at once.
+    void prefetch_scales(const Block& next, const RowTile& tile, int64_t groups) const {
+        const int64_t first = next.first_step / o_.group_steps,
+                      count = (next.steps + o_.group_steps - 1) / o_.group_steps;
+        for (int64_t p = tile.index; p < next.panels; p += tile.count) {
+            const uint16_t* scales = o_.scales + ((next.panel + p) * groups + first) * kPanelLanes;
+            for (int64_t i = 0; i < count; i += 2) {
+                prefetch(reinterpret_cast<const std::byte*>(scales + i * kPanelLanes));
+            }
+        }
+    }
+
     const ProductOperands& o_;
     const std::byte* activations_;
     const int32_t* sums_;
