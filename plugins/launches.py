@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 
 from ..engines.expressions import Expression
 from ..engines.plan import Collective, Range
@@ -60,6 +61,7 @@ class Launch:
     values      of scalar parameters that are no variables of the step: numbers
     inputs      the step inputs of parameters that are not called as they are
     collective  what a library may do in its place
+    others      other ways to do the same, in the order in which they are wanted where registers of the kernel spill
     """
 
     kernel: Kernel
@@ -69,3 +71,12 @@ class Launch:
     values: dict[str, int | float] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     collective: Collective | None = None
+    others: tuple[Launch, ...] = ()
+
+
+def in_order_of_preference(ways: Iterable[tuple[Launch, ...]]) -> tuple[Launch, ...]:
+    """The launches of the first way, each with those that take its place in the others. One kernel has the same others
+    wherever it is launched, so launches that share one go on sharing one.
+    """
+    first, *others = ways
+    return tuple(replace(launch, others=tuple(each)) for launch, *each in zip(first, *others, strict=True))

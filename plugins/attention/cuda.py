@@ -22,8 +22,10 @@ have ended.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from ...engines.expressions import Expression
 from ...engines.fields import LARGEST
 from ...engines.plan import Range
 from ..kv_write.cuda import BLOCK_TOKENS, ELEMENT_BYTES, StateLayout, padded_width
-from ..launches import Constant, Kernel, Launch, Scratch
+from ..launches import Constant, Kernel, Launch, Scratch, in_order_of_preference
 
 TILE_TOKENS = 128
 """Most tokens of an entry of the step input `tiles`, in every engine."""
@@ -59,12 +61,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile."""
+    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile; registers: see Kernel."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,11 @@ class Split:
     least_keys: int
 
 
-# Of a thread.
+# Of a thread: what ptxas may use, and first does of each kernel.
 _ALL_REGISTERS = 255
+_REGISTERS = {"decode": 0, "prefill": 0, "attend_any": _ALL_REGISTERS}
+# Of tiles that take the place of others.
+_LEAST_ROWS, _LEAST_KEYS, _MOST_WARPS = 16, 32, 8
 # Keys whose results are found by themselves, and then taken together; a decoding token can have a program for each.
 SPAN = 256
 # Up to so many pairs of tokens and KV heads; more fill a GPU without.
@@ -132,16 +138,34 @@ def _table() -> dict[str, list[dict[str, Any]]]:
 
 def attention_launches(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
     """domain "tokens": decode for the step's `decodes`, prefill for its `tiles`; "rows": every row decodes."""
+
+    def made(what: str, make: Callable[[Tiles], tuple[Launch, ...]]) -> tuple[Launch, ...]:
+        tiles = replace(_tiles(what, operator, architecture), registers=_REGISTERS[what])
+        return in_order_of_preference(map(make, _smaller(tiles)))
+
     if operator.invariant:
-        return _invariant(operator, architecture, domain, pdl)
-    if domain == "rows":
-        return _decode(operator, architecture, "rows", pdl)
-    return (*_decode(operator, architecture, "decodes", pdl), _prefill(operator, architecture, pdl))
+        return made("attend_any", lambda tiles: _invariant(operator, tiles, domain, pdl))
+    splits, variable = _splits(operator, architecture), "rows" if domain == "rows" else "decodes"
+    decode = made("decode", lambda tiles: _decode(operator, tiles, splits, variable, pdl))
+    return decode if domain == "rows" else (*decode, *made("prefill", lambda tiles: _prefill(operator, tiles, pdl)))
 
 
-def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) -> tuple[Launch, ...]:
+def _smaller(tiles: Tiles) -> tuple[Tiles, ...]:
+    """The table's tiles, and what is tried in their place, one after the other, for heads from which they spill.
+
+    First with all registers that a thread can have: by itself ptxas spills some, so that more programs run at a time.
+    """
+    rows = [size for size in (tiles.rows, tiles.rows // 2, tiles.rows // 4) if size >= _LEAST_ROWS] or [0]
+    warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
+    keys = [size for size in (tiles.keys, tiles.keys // 2) if size >= _LEAST_KEYS]
+    others = [Tiles(*size, tiles.num_stages, _ALL_REGISTERS) for size in product(rows, keys, warps)]
+    return tuple(dict.fromkeys((tiles, *others)))
+
+
+def _decode(
+    operator: Attention, tiles: Tiles, splits: tuple[Split, ...], variable: str, pdl: bool
+) -> tuple[Launch, ...]:
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
-    tiles = _tiles("decode", operator, architecture)
     queries, other = ("rows", "decode_tokens") if variable == "rows" else ("decode_tokens", "rows")
     kernel = _kernel(
         operator,
@@ -153,7 +177,7 @@ def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) ->
         pdl,
     )
     launches, low = [], 1
-    for split in _splits(operator, architecture):
+    for split in splits:
         high = LARGEST if split.pairs is None else split.pairs // layout.num_kv_heads
         if high < low:
             continue
@@ -176,18 +200,16 @@ def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) ->
     return tuple(launches)
 
 
-def _prefill(operator: Attention, architecture: int, pdl: bool) -> Launch:
-    tiles = _tiles("prefill", operator, architecture)
+def _prefill(operator: Attention, tiles: Tiles, pdl: bool) -> tuple[Launch, ...]:
     constants: dict[str, Constant] = {"ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS, "TILE": tiles.keys}
     kernel = _kernel(operator, "prefill", (("tiles", "*i32"), ("out", "*bf16")), (), constants, tiles, pdl)
     grid: Expression = ["*", "tiles", TILE_TOKENS // tiles.rows]
-    return Launch(kernel, (operator.num_heads, grid, 1), (Range("tiles", 1, LARGEST),))
+    return (Launch(kernel, (operator.num_heads, grid, 1), (Range("tiles", 1, LARGEST),)),)
 
 
-def _invariant(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
+def _invariant(operator: Attention, tiles: Tiles, domain: str, pdl: bool) -> tuple[Launch, ...]:
     """One kernel: few decoding tokens have a program for each span of keys, more and tiles one for all spans."""
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
-    tiles = _tiles("attend_any", operator, architecture)
     group_rows = min(1 << (group - 1).bit_length(), tiles.rows)
     constants: dict[str, Constant] = {"GROUP_ROWS": group_rows, "ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS}
     kernel = _kernel(
@@ -199,7 +221,6 @@ def _invariant(operator: Attention, architecture: int, domain: str, pdl: bool) -
         tiles,
         pdl,
     )
-    kernel = replace(kernel, registers=_ALL_REGISTERS)
     head_parts = layout.num_kv_heads * -(-group // group_rows)
 
     def launch(items: Expression, spans: Expression, queries: str, guard: Range) -> Launch:
@@ -277,4 +298,5 @@ def _kernel(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         pdl=pdl,
+        registers=tiles.registers,
     )
