@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 from ..engines.expressions import Expression
 from ..engines.plan import Collective, Range
@@ -37,7 +38,7 @@ class Kernel:
     pdl: bool = False
     registers: int = 0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Begins with the plugin's name; kernels that differ in anything have different names."""
         told = {name: value for name, value in asdict(self).items() if name != "registers" or value}
@@ -74,9 +75,9 @@ class Launch:
     others: tuple[Launch, ...] = ()
 
 
-def in_order_of_preference(ways: Iterable[tuple[Launch, ...]]) -> tuple[Launch, ...]:
+def in_order_of_preference(ways: Sequence[tuple[Launch, ...]]) -> tuple[Launch, ...]:
     """The launches of the first way, each with those that take its place in the others. One kernel has the same others
     wherever it is launched, so launches that share one go on sharing one.
     """
-    first, *others = ways
+    first, *others = [way for place, way in enumerate(ways) if way not in ways[:place]]
     return tuple(replace(launch, others=tuple(each)) for launch, *each in zip(first, *others, strict=True))

@@ -6,7 +6,7 @@ and quantizes its own input: then norms and quantizations are launched for large
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -54,6 +54,7 @@ class CudaLowering(Lowering):
     launches: list[PlannedLaunch] = field(default_factory=list)
     ways: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)
     others: dict[int, tuple[PlannedLaunch, ...]] = field(default_factory=dict)
+    made: dict[Hashable, tuple[Launch, ...]] = field(default_factory=dict)
     scratchpad: Scratchpad = field(default_factory=Scratchpad)
 
     def __post_init__(self) -> None:
@@ -131,6 +132,12 @@ class CudaLowering(Lowering):
         ranges = guard or launch.guard
         planned = PlannedLaunch(launch.kernel.name, len(self.launches), launch.grid, arguments, ranges)
         return replace(planned, collective=launch.collective)
+
+    def _once(self, key: Hashable, make: Callable[[], tuple[Launch, ...]]) -> tuple[Launch, ...]:
+        """Most layers have the same operators, and each has launches by the dozen."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     # -- one method for each operator of the graph ----------------------------------------------------------------
 
@@ -269,7 +276,8 @@ class CudaLowering(Lowering):
             "residual": self._at(self._view(residual), "r") if residual is not None else None,
             "out": self._at(out, "w"),
         }
-        launches = linear.linear_launches(operator, self.arch, self.options.target.num_sms)
+        num_sms = self.options.target.num_sms
+        launches = self._once(operator, lambda: linear.linear_launches(operator, self.arch, num_sms))
         self._launch(launches, operands, operator.domain)
 
     def _Gather(self, node: ir.Node) -> None:
@@ -332,7 +340,8 @@ class CudaLowering(Lowering):
             "out": self._at(out, "w"),
             **self._state(layer, "r"),
         }
-        launches = attention.attention_launches(operator, self.arch, out.rows, self.arch >= 90)
+        pdl, key = self.arch >= 90, (operator, out.rows)
+        launches = self._once(key, lambda: attention.attention_launches(operator, self.arch, out.rows, pdl))
         self._launch(launches, operands, group=self._group(layer))
 
     def _AllReduce(self, node: ir.Node) -> None:

@@ -22,7 +22,7 @@ have ended.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -61,13 +61,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile; registers: see Kernel."""
+    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
-    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,8 @@ class Split:
     least_keys: int
 
 
-# Of a thread: what ptxas may use, and first does of each kernel.
+# Of a thread.
 _ALL_REGISTERS = 255
-_REGISTERS = {"decode": 0, "prefill": 0, "attend_any": _ALL_REGISTERS}
 # Of tiles that take the place of others.
 _LEAST_ROWS, _LEAST_KEYS, _MOST_WARPS = 16, 32, 8
 # Keys whose results are found by themselves, and then taken together; a decoding token can have a program for each.
@@ -140,8 +138,8 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
     """domain "tokens": decode for the step's `decodes`, prefill for its `tiles`; "rows": every row decodes."""
 
     def made(what: str, make: Callable[[Tiles], tuple[Launch, ...]]) -> tuple[Launch, ...]:
-        tiles = replace(_tiles(what, operator, architecture), registers=_REGISTERS[what])
-        return in_order_of_preference(map(make, _smaller(tiles)))
+        tiles = _tiles(what, operator, architecture)
+        return in_order_of_preference([make(tiles), *map(_with_all_registers, map(make, _smaller(tiles)))])
 
     if operator.invariant:
         return made("attend_any", lambda tiles: _invariant(operator, tiles, domain, pdl))
@@ -150,16 +148,17 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
     return decode if domain == "rows" else (*decode, *made("prefill", lambda tiles: _prefill(operator, tiles, pdl)))
 
 
-def _smaller(tiles: Tiles) -> tuple[Tiles, ...]:
-    """The table's tiles, and what is tried in their place, one after the other, for heads from which they spill.
-
-    First with all registers that a thread can have: by itself ptxas spills some, so that more programs run at a time.
-    """
+def _smaller(tiles: Tiles) -> Iterator[Tiles]:
+    """What is tried in place of the table's, one after the other, for heads from which those spill: first the same."""
     rows = [size for size in (tiles.rows, tiles.rows // 2, tiles.rows // 4) if size >= _LEAST_ROWS] or [0]
-    warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
     keys = [size for size in (tiles.keys, tiles.keys // 2) if size >= _LEAST_KEYS]
-    others = [Tiles(*size, tiles.num_stages, _ALL_REGISTERS) for size in product(rows, keys, warps)]
-    return tuple(dict.fromkeys((tiles, *others)))
+    warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
+    return (Tiles(*size, tiles.num_stages) for size in product(rows, keys, warps))
+
+
+def _with_all_registers(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
+    """By itself ptxas spills some, so that more programs run at a time."""
+    return tuple(replace(each, kernel=replace(each.kernel, registers=_ALL_REGISTERS)) for each in launches)
 
 
 def _decode(
@@ -221,6 +220,7 @@ def _invariant(operator: Attention, tiles: Tiles, domain: str, pdl: bool) -> tup
         tiles,
         pdl,
     )
+    kernel = replace(kernel, registers=_ALL_REGISTERS)
     head_parts = layout.num_kv_heads * -(-group // group_rows)
 
     def launch(items: Expression, spans: Expression, queries: str, guard: Range) -> Launch:
@@ -298,5 +298,4 @@ def _kernel(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         pdl=pdl,
-        registers=tiles.registers,
     )
