@@ -62,7 +62,8 @@ class Launch:
     values      of scalar parameters that are no variables of the step: numbers
     inputs      the step inputs of parameters that are not called as they are
     collective  what a library may do in its place
-    others      other ways to do the same, in the order in which they are wanted where registers of the kernel spill
+    others      other ways to do the same with the same arguments, in the order in which they are wanted: an engine has
+                the first of all whose machine code is as it must be (compiler/cuda/choice.py)
     """
 
     kernel: Kernel

@@ -10,13 +10,13 @@ prefill/<heads>       "whole" ones are rotated from end to end, "part" in part, 
 attend_any/<heads>    of the one kernel of batch-invariant builds: "narrow" or "wide"
 splits                of decode, by how many pairs of queries and KV heads there are
 
-Tiles are the largest that no register spills from. A decoding program has 32 KiB of keys and values in one and two of
-them in flight: two or three programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma leaves too few
-registers to convert what it multiplies: less than 64 rows are for mma.sync. So are the 32 of attend_any, which keeps
-two sums, of a span and of those before; its tiles have no more than 64 keys, as they begin at multiples, where a
-window's block may too. Splits are enough programs to fill 132 SMs several times over, and none of less work than its
-part of the combining costs; large batches are split for their long sequences alone, which would run on when all others
-have ended.
+Tiles are the largest that no register spills from, for most heads of their class; others get the first of `_smaller`
+ones that none does. A decoding program has 32 KiB of keys and values in one and two of them in flight: two or three
+programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma leaves too few registers to convert what it
+multiplies: less than 64 rows are for mma.sync. So are the 32 of attend_any, which keeps two sums, of a span and of
+those before; its tiles have no more than 64 keys, as they begin at multiples, where a window's block may too. Splits
+are enough programs to fill 132 SMs several times over, and none of less work than its part of the combining costs;
+large batches are split for their long sequences alone, which would run on when all others have ended.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
     """domain "tokens": decode for the step's `decodes`, prefill for its `tiles`; "rows": every row decodes."""
 
     def made(what: str, make: Callable[[Tiles], tuple[Launch, ...]]) -> tuple[Launch, ...]:
-        tiles = _tiles(what, operator, architecture)
-        return in_order_of_preference([make(tiles), *map(_with_all_registers, map(make, _smaller(tiles)))])
+        ways = map(make, _smaller(_tiles(what, operator, architecture)))
+        return in_order_of_preference([each for way in ways for each in (way, _with_all_registers(way))])
 
     if operator.invariant:
         return made("attend_any", lambda tiles: _invariant(operator, tiles, domain, pdl))
@@ -149,7 +149,7 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
 
 
 def _smaller(tiles: Tiles) -> Iterator[Tiles]:
-    """What is tried in place of the table's, one after the other, for heads from which those spill: first the same."""
+    """The table's, and what is tried in their place, one after the other, for heads from which those spill."""
     rows = [size for size in (tiles.rows, tiles.rows // 2, tiles.rows // 4) if size >= _LEAST_ROWS] or [0]
     keys = [size for size in (tiles.keys, tiles.keys // 2) if size >= _LEAST_KEYS]
     warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
@@ -157,7 +157,7 @@ def _smaller(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def _with_all_registers(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
-    """By itself ptxas spills some, so that more programs run at a time."""
+    """By itself ptxas spills some, so that more programs run at a time; told so, it does now and then elsewhere."""
     return tuple(replace(each, kernel=replace(each.kernel, registers=_ALL_REGISTERS)) for each in launches)
 
 
