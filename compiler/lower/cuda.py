@@ -393,8 +393,7 @@ class CudaLowering(Lowering):
 
 
 def lower_to_cuda(g: GraphBuilder, config: Config, options: Options) -> tuple[Plan, TensorJobs, Choice]:
-    """The plan of this rank, how each of its tensors is made, and the kernels that it wants, each with those that may
-    take its place."""
+    """The plan of this rank, how each of its tensors is made, and its kernels, with those that may take their place."""
     jobs = TensorJobs(CUDA_LAYOUTS)
     lowering = CudaLowering(g, config, options, jobs)
     plan = lowering.lower()
