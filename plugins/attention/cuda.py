@@ -83,6 +83,8 @@ class Split:
 _ALL_REGISTERS = 255
 # Of tiles that take the place of others.
 _LEAST_ROWS, _LEAST_KEYS, _MOST_WARPS = 16, 32, 8
+# Of many heads that share a KV head, decoded by one program.
+_LEAST_DECODE_KEYS = 16
 # Keys whose results are found by themselves, and then taken together; a decoding token can have a program for each.
 SPAN = 256
 # Up to so many pairs of tokens and KV heads; more fill a GPU without.
@@ -151,7 +153,8 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
 def _smaller(tiles: Tiles) -> Iterator[Tiles]:
     """The table's, and what is tried in their place, one after the other, for heads from which those spill."""
     rows = [size for size in (tiles.rows, tiles.rows // 2, tiles.rows // 4) if size >= _LEAST_ROWS] or [0]
-    keys = [size for size in (tiles.keys, tiles.keys // 2) if size >= _LEAST_KEYS]
+    least = _LEAST_KEYS if tiles.rows else _LEAST_DECODE_KEYS
+    keys = [size for size in (tiles.keys, tiles.keys // 2, *([] if tiles.rows else [tiles.keys // 4])) if size >= least]
     warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
     return (Tiles(*size, tiles.num_stages) for size in product(rows, keys, warps))
 

@@ -241,6 +241,8 @@ def test_tiles_that_take_the_place_of_others_compute_the_same(kv_dtype: str) -> 
     numbers = [len(each.others) for each in attention_launches(scene.operator, 90, "tokens", pdl=False)]
     for way in range(1, max(numbers) + 1):
         scene.check(scene.run(way=way))
+    many = Scene(kv_dtype, [(330, 1)], kv_heads=1, group=65, head_dim=24, rot_dim=16)
+    many.check(many.run(way=99))  # the last: tiles of 16 keys
     scene.operator = replace(scene.operator, invariant=True)
     numbers = [len(each.others) for each in attention_launches(scene.operator, 90, "tokens", pdl=False)]
     scene.check(scene.run(way=max(numbers)))

@@ -126,7 +126,7 @@ def test_tiles_that_take_the_place_of_others(domain: str, arch: int) -> None:
             assert all(each.parameters == launch.kernel.parameters for each in kernels)
             assert kernels[-1].registers == 255
             constants = [dict(each.constants) for each in kernels]
-            assert all(each["TILE"] in (32, 64, 128) for each in constants)
+            assert all(each["TILE"] in (16, 32, 64, 128) for each in constants)
             rows = [int(str(each.get("ROWS", 0))) for each in constants]
             assert rows == sorted(rows, reverse=True)
             assert rows[-1] in (0, 16, 32)
