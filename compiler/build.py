@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..engines.errors import CompileError
@@ -24,6 +24,7 @@ from ..plugins.launches import Kernel
 from .calibration.file import Calibration, read_calibration
 from .checkpoint.source import Source, find_checkpoint
 from .checkpoint.tensors import Checkpoint, open_checkpoint
+from .cuda.choice import Choice, compile_chosen
 from .cuda.kernels import CompiledKernel
 from .documents import DOCUMENTS, check_documents
 from .graph.builder import GraphBuilder
@@ -68,7 +69,12 @@ class Lowered:
 
     plan: Plan
     jobs: TensorJobs
-    kernels: tuple[Kernel, ...] = ()
+    choice: Choice = field(default_factory=Choice)
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Those that the plan names."""
+        return tuple(first for first, *_ in self.choice.ways)
 
 
 @dataclass(frozen=True)
@@ -221,8 +227,7 @@ def _write_files(
         files[kernel.image.file] = hash_file(directory / kernel.image.file, "kernels", "cubin")
     for rank, lowered in enumerate(prepared.ranks):
         name = f"plan.rank{rank}.msgpack"
-        images = tuple(compiled[kernel.name].image for kernel in lowered.kernels)
-        (directory / name).write_bytes(encode_plan(replace(lowered.plan, kernels=images)))
+        (directory / name).write_bytes(encode_plan(lowered.choice.settle(lowered.plan, compiled)))
         files[name] = hash_file(directory / name, "plan", "msgpack", rank)
         name = f"weights.rank{rank}.safetensors"
         threads = prepared.request.num_threads
@@ -233,12 +238,8 @@ def _write_files(
 
 
 def _compile_kernels(prepared: Prepared, told: Callable[[int, int], None]) -> dict[str, CompiledKernel]:
-    kernels = [kernel for rank in prepared.ranks for kernel in rank.kernels]
-    if not kernels:
-        return {}
-    from .cuda.kernels import compile_kernels
-
-    return compile_kernels(kernels, prepared.target, prepared.request.num_threads, told)
+    ways = [way for rank in prepared.ranks for way in rank.choice.ways]
+    return compile_chosen(ways, prepared.target, prepared.request.num_threads, told)
 
 
 def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:

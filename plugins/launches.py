@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 from ..engines.expressions import Expression
 from ..engines.plan import Collective, Range
@@ -36,7 +38,7 @@ class Kernel:
     pdl: bool = False
     registers: int = 0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Begins with the plugin's name; kernels that differ in anything have different names."""
         told = {name: value for name, value in asdict(self).items() if name != "registers" or value}
@@ -60,6 +62,8 @@ class Launch:
     values      of scalar parameters that are no variables of the step: numbers
     inputs      the step inputs of parameters that are not called as they are
     collective  what a library may do in its place
+    others      other ways to do the same with the same arguments, in the order in which they are wanted: an engine has
+                the first of all whose machine code is as it must be (compiler/cuda/choice.py)
     """
 
     kernel: Kernel
@@ -69,3 +73,12 @@ class Launch:
     values: dict[str, int | float] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     collective: Collective | None = None
+    others: tuple[Launch, ...] = ()
+
+
+def in_order_of_preference(ways: Sequence[tuple[Launch, ...]]) -> tuple[Launch, ...]:
+    """The launches of the first way, each with those that take its place in the others. One kernel has the same others
+    wherever it is launched, so launches that share one go on sharing one.
+    """
+    first, *others = [way for place, way in enumerate(ways) if way not in ways[:place]]
+    return tuple(replace(launch, others=tuple(each)) for launch, *each in zip(first, *others, strict=True))

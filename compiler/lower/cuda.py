@@ -6,7 +6,7 @@ and quantizes its own input: then norms and quantizations are launched for large
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from ...plugins.launches import Kernel, Launch
 from ...plugins.linear import cuda as linear
 from ...plugins.rms_norm import cuda as rms_norm
 from ...plugins.rotary_table import cuda as rotary_table
+from ..cuda.choice import Choice
 from ..graph.builder import GraphBuilder, attribute, columns_of, rows_of
 from ..graph.rewrite import is_ours, users
 from ..models.config import Config
@@ -51,7 +52,9 @@ class CudaLowering(Lowering):
     """Appends launches, buffers and tensors as it walks the graph."""
 
     launches: list[PlannedLaunch] = field(default_factory=list)
-    kernels: dict[str, Kernel] = field(default_factory=dict)
+    ways: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)
+    others: dict[int, tuple[PlannedLaunch, ...]] = field(default_factory=dict)
+    made: dict[Hashable, tuple[Launch, ...]] = field(default_factory=dict)
     scratchpad: Scratchpad = field(default_factory=Scratchpad)
 
     def __post_init__(self) -> None:
@@ -102,25 +105,39 @@ class CudaLowering(Lowering):
     ) -> None:
         """Appends launches with these operands. count: the variable of the parameter `count`; group: of its state."""
         for launch in launches:
-            arguments: dict[str, Operand | Value] = {}
-            for name, kind in launch.kernel.parameters:
-                if name in launch.scratch:
-                    arguments[name] = self.scratchpad.operand(name, launch)
-                elif (operand := operands.get(name)) is not None:
-                    arguments[name] = operand
-                elif (given := launch.inputs.get(name, name)) in _STEP_INPUTS:
-                    arguments[name] = Operand("input", given)
-                elif name in _GROUP_INPUTS:
-                    arguments[name] = Operand("input", name, layer=group)
-                elif name in ("count", "max_blocks"):
-                    arguments[name] = Value(kind, count if name == "count" else name)
-                else:
-                    value = launch.values[name]
-                    arguments[name] = Value(kind, float(value) if kind == "fp32" else int(value))
-            self.kernels[launch.kernel.name] = launch.kernel
-            ranges = guard or launch.guard
-            planned = PlannedLaunch(launch.kernel.name, len(self.launches), launch.grid, arguments, ranges)
-            self.launches.append(replace(planned, collective=launch.collective))
+            planned, *others = (self._planned(each, operands, count, guard, group) for each in (launch, *launch.others))
+            way = (launch.kernel, *(each.kernel for each in launch.others))
+            assert self.ways.setdefault(planned.kernel, way) == way, f"{planned.kernel} has others elsewhere"
+            self.others[planned.region] = tuple(others)
+            self.launches.append(planned)
+
+    def _planned(
+        self, launch: Launch, operands: Mapping[str, Operand | None], count: str, guard: tuple[Range, ...], group: int
+    ) -> PlannedLaunch:
+        arguments: dict[str, Operand | Value] = {}
+        for name, kind in launch.kernel.parameters:
+            if name in launch.scratch:
+                arguments[name] = self.scratchpad.operand(name, launch)
+            elif (operand := operands.get(name)) is not None:
+                arguments[name] = operand
+            elif (given := launch.inputs.get(name, name)) in _STEP_INPUTS:
+                arguments[name] = Operand("input", given)
+            elif name in _GROUP_INPUTS:
+                arguments[name] = Operand("input", name, layer=group)
+            elif name in ("count", "max_blocks"):
+                arguments[name] = Value(kind, count if name == "count" else name)
+            else:
+                value = launch.values[name]
+                arguments[name] = Value(kind, float(value) if kind == "fp32" else int(value))
+        ranges = guard or launch.guard
+        planned = PlannedLaunch(launch.kernel.name, len(self.launches), launch.grid, arguments, ranges)
+        return replace(planned, collective=launch.collective)
+
+    def _once(self, key: Hashable, make: Callable[[], tuple[Launch, ...]]) -> tuple[Launch, ...]:
+        """Most layers have the same operators, and each has launches by the dozen."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     # -- one method for each operator of the graph ----------------------------------------------------------------
 
@@ -259,7 +276,8 @@ class CudaLowering(Lowering):
             "residual": self._at(self._view(residual), "r") if residual is not None else None,
             "out": self._at(out, "w"),
         }
-        launches = linear.linear_launches(operator, self.arch, self.options.target.num_sms)
+        num_sms = self.options.target.num_sms
+        launches = self._once(operator, lambda: linear.linear_launches(operator, self.arch, num_sms))
         self._launch(launches, operands, operator.domain)
 
     def _Gather(self, node: ir.Node) -> None:
@@ -322,7 +340,8 @@ class CudaLowering(Lowering):
             "out": self._at(out, "w"),
             **self._state(layer, "r"),
         }
-        launches = attention.attention_launches(operator, self.arch, out.rows, self.arch >= 90)
+        pdl, key = self.arch >= 90, (operator, out.rows)
+        launches = self._once(key, lambda: attention.attention_launches(operator, self.arch, out.rows, pdl))
         self._launch(launches, operands, group=self._group(layer))
 
     def _AllReduce(self, node: ir.Node) -> None:
@@ -373,9 +392,9 @@ class CudaLowering(Lowering):
         return {"state": state, "state_scales": state}
 
 
-def lower_to_cuda(g: GraphBuilder, config: Config, options: Options) -> tuple[Plan, TensorJobs, tuple[Kernel, ...]]:
-    """The plan of this rank, how each of its tensors is made, and the kernels that it wants."""
+def lower_to_cuda(g: GraphBuilder, config: Config, options: Options) -> tuple[Plan, TensorJobs, Choice]:
+    """The plan of this rank, how each of its tensors is made, and its kernels, with those that may take their place."""
     jobs = TensorJobs(CUDA_LAYOUTS)
     lowering = CudaLowering(g, config, options, jobs)
     plan = lowering.lower()
-    return plan, jobs, tuple(lowering.kernels.values())
+    return plan, jobs, Choice(tuple(lowering.ways.values()), lowering.others)

@@ -10,20 +10,22 @@ prefill/<heads>       "whole" ones are rotated from end to end, "part" in part, 
 attend_any/<heads>    of the one kernel of batch-invariant builds: "narrow" or "wide"
 splits                of decode, by how many pairs of queries and KV heads there are
 
-Tiles are the largest that no register spills from. A decoding program has 32 KiB of keys and values in one and two of
-them in flight: two or three programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma leaves too few
-registers to convert what it multiplies: less than 64 rows are for mma.sync. So are the 32 of attend_any, which keeps
-two sums, of a span and of those before; its tiles have no more than 64 keys, as they begin at multiples, where a
-window's block may too. Splits are enough programs to fill 132 SMs several times over, and none of less work than its
-part of the combining costs; large batches are split for their long sequences alone, which would run on when all others
-have ended.
+Tiles are the largest that no register spills from, for most heads of their class; others get the first of `_smaller`
+ones that none does. A decoding program has 32 KiB of keys and values in one and two of them in flight: two or three
+programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma leaves too few registers to convert what it
+multiplies: less than 64 rows are for mma.sync. So are the 32 of attend_any, which keeps two sums, of a span and of
+those before; its tiles have no more than 64 keys, as they begin at multiples, where a window's block may too. Splits
+are enough programs to fill 132 SMs several times over, and none of less work than its part of the combining costs;
+large batches are split for their long sequences alone, which would run on when all others have ended.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from ...engines.expressions import Expression
 from ...engines.fields import LARGEST
 from ...engines.plan import Range
 from ..kv_write.cuda import BLOCK_TOKENS, ELEMENT_BYTES, StateLayout, padded_width
-from ..launches import Constant, Kernel, Launch, Scratch
+from ..launches import Constant, Kernel, Launch, Scratch, in_order_of_preference
 
 TILE_TOKENS = 128
 """Most tokens of an entry of the step input `tiles`, in every engine."""
@@ -79,6 +81,10 @@ class Split:
 
 # Of a thread.
 _ALL_REGISTERS = 255
+# Of tiles that take the place of others.
+_LEAST_ROWS, _LEAST_KEYS, _MOST_WARPS = 16, 32, 8
+# Of many heads that share a KV head, decoded by one program.
+_LEAST_DECODE_KEYS = 16
 # Keys whose results are found by themselves, and then taken together; a decoding token can have a program for each.
 SPAN = 256
 # Up to so many pairs of tokens and KV heads; more fill a GPU without.
@@ -132,16 +138,36 @@ def _table() -> dict[str, list[dict[str, Any]]]:
 
 def attention_launches(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
     """domain "tokens": decode for the step's `decodes`, prefill for its `tiles`; "rows": every row decodes."""
+
+    def made(what: str, make: Callable[[Tiles], tuple[Launch, ...]]) -> tuple[Launch, ...]:
+        ways = map(make, _smaller(_tiles(what, operator, architecture)))
+        return in_order_of_preference([each for way in ways for each in (way, _with_all_registers(way))])
+
     if operator.invariant:
-        return _invariant(operator, architecture, domain, pdl)
-    if domain == "rows":
-        return _decode(operator, architecture, "rows", pdl)
-    return (*_decode(operator, architecture, "decodes", pdl), _prefill(operator, architecture, pdl))
+        return made("attend_any", lambda tiles: _invariant(operator, tiles, domain, pdl))
+    splits, variable = _splits(operator, architecture), "rows" if domain == "rows" else "decodes"
+    decode = made("decode", lambda tiles: _decode(operator, tiles, splits, variable, pdl))
+    return decode if domain == "rows" else (*decode, *made("prefill", lambda tiles: _prefill(operator, tiles, pdl)))
 
 
-def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) -> tuple[Launch, ...]:
+def _smaller(tiles: Tiles) -> Iterator[Tiles]:
+    """The table's, and what is tried in their place, one after the other, for heads from which those spill."""
+    rows = [size for size in (tiles.rows, tiles.rows // 2, tiles.rows // 4) if size >= _LEAST_ROWS] or [0]
+    least = _LEAST_KEYS if tiles.rows else _LEAST_DECODE_KEYS
+    keys = [size for size in (tiles.keys, tiles.keys // 2, *([] if tiles.rows else [tiles.keys // 4])) if size >= least]
+    warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
+    return (Tiles(*size, tiles.num_stages) for size in product(rows, keys, warps))
+
+
+def _with_all_registers(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
+    """By itself ptxas spills some, so that more programs run at a time; told so, it does now and then elsewhere."""
+    return tuple(replace(each, kernel=replace(each.kernel, registers=_ALL_REGISTERS)) for each in launches)
+
+
+def _decode(
+    operator: Attention, tiles: Tiles, splits: tuple[Split, ...], variable: str, pdl: bool
+) -> tuple[Launch, ...]:
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
-    tiles = _tiles("decode", operator, architecture)
     queries, other = ("rows", "decode_tokens") if variable == "rows" else ("decode_tokens", "rows")
     kernel = _kernel(
         operator,
@@ -153,7 +179,7 @@ def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) ->
         pdl,
     )
     launches, low = [], 1
-    for split in _splits(operator, architecture):
+    for split in splits:
         high = LARGEST if split.pairs is None else split.pairs // layout.num_kv_heads
         if high < low:
             continue
@@ -176,18 +202,16 @@ def _decode(operator: Attention, architecture: int, variable: str, pdl: bool) ->
     return tuple(launches)
 
 
-def _prefill(operator: Attention, architecture: int, pdl: bool) -> Launch:
-    tiles = _tiles("prefill", operator, architecture)
+def _prefill(operator: Attention, tiles: Tiles, pdl: bool) -> tuple[Launch, ...]:
     constants: dict[str, Constant] = {"ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS, "TILE": tiles.keys}
     kernel = _kernel(operator, "prefill", (("tiles", "*i32"), ("out", "*bf16")), (), constants, tiles, pdl)
     grid: Expression = ["*", "tiles", TILE_TOKENS // tiles.rows]
-    return Launch(kernel, (operator.num_heads, grid, 1), (Range("tiles", 1, LARGEST),))
+    return (Launch(kernel, (operator.num_heads, grid, 1), (Range("tiles", 1, LARGEST),)),)
 
 
-def _invariant(operator: Attention, architecture: int, domain: str, pdl: bool) -> tuple[Launch, ...]:
+def _invariant(operator: Attention, tiles: Tiles, domain: str, pdl: bool) -> tuple[Launch, ...]:
     """One kernel: few decoding tokens have a program for each span of keys, more and tiles one for all spans."""
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
-    tiles = _tiles("attend_any", operator, architecture)
     group_rows = min(1 << (group - 1).bit_length(), tiles.rows)
     constants: dict[str, Constant] = {"GROUP_ROWS": group_rows, "ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS}
     kernel = _kernel(

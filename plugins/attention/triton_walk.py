@@ -37,7 +37,7 @@ def attend(
 ):
     """Takes the keys begin … stop − 1 of one head into largest, total [M] and sums [M, WIDTH], tile by tile.
 
-    state, state_scales of the head in block 0. `begin` is a multiple of 32, and of 64 if TILE is not 32. MASKED: rows
+    state, state_scales of the head in block 0. `begin` is a multiple of TILE, or of 64 if TILE is more. MASKED: rows
     see keys within `positions` [M] and WINDOW; else all rows see all. What the cache holds at `end` or later has no
     effect, if in fp8 it is no NaN.
     """

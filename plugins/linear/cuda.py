@@ -21,6 +21,9 @@ PADDING = 128
 
 # Of a thread: beside 64 sums and what else an epilogue needs, more would spill.
 _EPILOGUE_VALUES = 64
+_ALL_REGISTERS = 255
+# Columns of an epilogue that takes the place of another.
+_LEAST_COLUMNS = 16
 
 _TYPES = {"bf16": "bf16", "fp8": "fp8e4nv", "int8": "i8"}
 _BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
@@ -100,14 +103,28 @@ def linear_launches(linear: Linear, arch: int, num_sms: int) -> tuple[Launch, ..
     With a prologue those for few rows (`fused_rows`) read x and norm_weight, the others a and a_scale.
     """
     if linear.invariant:
-        return _invariant_launches(linear, arch, num_sms)
+        return tuple(replace(each, others=_easier(each)) for each in _invariant_launches(linear, arch, num_sms))
     launches = []
     first = 1
     for tile in _tiles(linear, arch):
-        most = tile.most or LARGEST
-        launches.append(_launch(linear, tile, Range(linear.domain, first, most), arch, num_sms))
-        first = most + 1
+        guard = Range(linear.domain, first, tile.most or LARGEST)
+        launch = _launch(linear, tile, guard, arch, num_sms)
+        others = _easier(launch)
+        if not tile.small and not launch.scratch:
+            narrow = _launch(linear, replace(tile, columns=tile.columns // 2), guard, arch, num_sms)
+            others = (*others, narrow, *_easier(narrow))
+        launches.append(replace(launch, others=others))
+        first = guard.high + 1
     return tuple(launches)
+
+
+def _easier(launch: Launch) -> tuple[Launch, ...]:
+    """What is tried in its place where registers of its epilogue spill: all that a thread can have, fewer columns."""
+    kernel, constants = replace(launch.kernel, registers=_ALL_REGISTERS), dict(launch.kernel.constants)
+    at_once = int(str(constants["AT_ONCE"]))
+    columns = dict.fromkeys((at_once, *(max(at_once // part, min(at_once, _LEAST_COLUMNS)) for part in (2, 4))))
+    kernels = (replace(kernel, constants=tuple((constants | {"AT_ONCE": each}).items())) for each in columns)
+    return tuple(replace(launch, kernel=each) for each in kernels)
 
 
 def fused_rows(linear: Linear, arch: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -97,8 +98,8 @@ class Scene:
             q_norm,
         )
 
-    def run(self, rows: Array | None = None, architecture: int = 90) -> Array:
-        """f32 [M, columns]: of all tokens, or of `rows` alone."""
+    def run(self, rows: Array | None = None, architecture: int = 90, way: int = 0) -> Array:
+        """f32 [M, columns]: of all tokens, or of `rows` alone. way: 0, or the place among a launch's others, from 1."""
         operator, tokens = self.operator, len(self.positions)
         columns = operator.num_heads * operator.layout.head_dim
         q = self.q if rows is None else np.ascontiguousarray(self.q[rows])
@@ -115,9 +116,8 @@ class Scene:
             decodes, tiles = self.split_step()
             sizes |= {"decodes": len(decodes), "tiles": len(tiles)}
             inputs |= {"decode_tokens": decodes, "tiles": tiles}
-        run_launches(
-            attention_launches(operator, architecture, "tokens" if rows is None else "rows", pdl=False), sizes, inputs
-        )
+        launches = attention_launches(operator, architecture, "tokens" if rows is None else "rows", pdl=False)
+        run_launches(tuple((each, *each.others)[min(way, len(each.others))] for each in launches), sizes, inputs)
         assert not out[: len(q) if rows is None else (rows >= 0).sum(), columns:].astype(np.float32).any()
         return out[:, :columns].astype(np.float32)
 
@@ -233,6 +233,19 @@ def test_splits_are_combined(kv_dtype: str) -> None:
 def test_wide_heads_in_the_tiles_of_each_architecture(kv_dtype: str, architecture: int) -> None:
     scene = Scene(kv_dtype, [(200, 70), (150, 1)], kv_heads=1, head_dim=256, rot_dim=256, q_norm=True, window=90)
     scene.check(scene.run(architecture=architecture))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_tiles_that_take_the_place_of_others_compute_the_same(kv_dtype: str) -> None:
+    scene = Scene(kv_dtype, [(200, 70), (330, 1)], head_dim=24, rot_dim=16, window=90)
+    numbers = [len(each.others) for each in attention_launches(scene.operator, 90, "tokens", pdl=False)]
+    for way in range(1, max(numbers) + 1):
+        scene.check(scene.run(way=way))
+    many = Scene(kv_dtype, [(330, 1)], kv_heads=1, group=65, head_dim=24, rot_dim=16)
+    many.check(many.run(way=99))  # the last: tiles of 16 keys
+    scene.operator = replace(scene.operator, invariant=True)
+    numbers = [len(each.others) for each in attention_launches(scene.operator, 90, "tokens", pdl=False)]
+    scene.check(scene.run(way=max(numbers)))
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

@@ -95,15 +95,16 @@ def make_case(linear: Linear, rows: int, seed: int) -> Case:
     return Case(operands, a.astype(np.float32) * a_scale[:, None], weight.astype(np.float32) * weight_scale[:, None])
 
 
-def chosen(linear: Linear, rows: int, num_sms: int) -> Launch:
+def chosen(linear: Linear, rows: int, num_sms: int, way: int = 0) -> Launch:
+    """way: 0, or the place among the launch's others, from 1."""
     (fitting,) = [
         one for one in linear_launches(linear, ARCH, num_sms) if all(r.low <= rows <= r.high for r in one.guard)
     ]
-    return fitting
+    return (fitting, *fitting.others)[way]
 
 
-def make_scratch(linear: Linear, rows: int, num_sms: int) -> dict[str, Array]:
-    one = chosen(linear, rows, num_sms)
+def make_scratch(linear: Linear, rows: int, num_sms: int, way: int = 0) -> dict[str, Array]:
+    one = chosen(linear, rows, num_sms, way)
     kinds = {"*i32": np.int32, "*fp32": np.float32}
     return {
         name: np.full(evaluate(memory.bytes, {linear.domain: rows}) // 4, 0 if memory.zeroed else 99, kinds[kind])
@@ -112,8 +113,8 @@ def make_scratch(linear: Linear, rows: int, num_sms: int) -> dict[str, Array]:
     }
 
 
-def run(linear: Linear, case: Case, rows: int, num_sms: int, scratch: dict[str, Array]) -> Array:
-    one, sizes = chosen(linear, rows, num_sms), {linear.domain: rows}
+def run(linear: Linear, case: Case, rows: int, num_sms: int, scratch: dict[str, Array], way: int = 0) -> Array:
+    one, sizes = chosen(linear, rows, num_sms, way), {linear.domain: rows}
     given: dict[str, Array | int] = {**case.operands, **scratch, "count": rows}
     launch(
         one.kernel,
@@ -139,9 +140,9 @@ def wanted(linear: Linear, case: Case) -> Array:
     )
 
 
-def check(linear: Linear, rows: int, seed: int = 0, num_sms: int = 1) -> None:
-    case, scratch = make_case(linear, rows, seed), make_scratch(linear, rows, num_sms)
-    out = run(linear, case, rows, num_sms, scratch)
+def check(linear: Linear, rows: int, seed: int = 0, num_sms: int = 1, way: int = 0) -> None:
+    case, scratch = make_case(linear, rows, seed), make_scratch(linear, rows, num_sms, way)
+    out = run(linear, case, rows, num_sms, scratch, way)
     tolerance = 2**-8 if linear.out_dtype == "bf16" else 5e-5
     if linear.dtype == "bf16" and linear.prologue == "norm":
         tolerance = 1e-2  # sums of squares differ in their last bit, and then now and then a rounded value of a
@@ -192,6 +193,14 @@ def test_splits_along_k(dtype: str, rows: int, prologue: str | None) -> None:
     linear = Linear(140, k, dtype, bias=True, residual=True, prologue=prologue, eps=1e-3)
     assert chosen(linear, rows, num_sms=8).grid[1] != 1
     check(linear, rows, num_sms=8)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh_gated"])
+@pytest.mark.parametrize(("rows", "num_sms"), [(3, 8), (130, 8), (600, 1)])
+def test_tiles_that_take_the_place_of_others_compute_the_same(activation: str, rows: int, num_sms: int) -> None:
+    linear = Linear(140, 200, "int8", activation=activation, bias=True, residual=True)
+    for way in range(1, len(chosen(linear, rows, num_sms).others) + 1):
+        check(linear, rows, num_sms=num_sms, way=way)
 
 
 def test_scratch_can_be_used_again() -> None:

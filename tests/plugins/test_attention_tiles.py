@@ -112,3 +112,24 @@ def test_splits_of_a_shape_are_what_is_launched(monkeypatch: pytest.MonkeyPatch)
     ]
     assert found == [(1, 10, 5, 4), (11, LARGEST, 1, 1)]
     assert len(attention_launches(operator, 100, "rows", True)) == len(usual["splits"])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("domain", ["tokens", "rows"])
+def test_tiles_that_take_the_place_of_others(domain: str, arch: int) -> None:
+    """Ever smaller ones for the same arguments, down to what has registers to spare; no kernel twice."""
+    for operator in (replace(each, invariant=invariant) for each in OPERATORS for invariant in (False, True)):
+        launches = attention_launches(operator, arch, domain, arch >= 90)
+        for launch in launches:
+            kernels = [launch.kernel, *(each.kernel for each in launch.others)]
+            assert len(set(kernels)) == len(kernels) > 1
+            assert all(each.parameters == launch.kernel.parameters for each in kernels)
+            assert kernels[-1].registers == 255
+            constants = [dict(each.constants) for each in kernels]
+            assert all(each["TILE"] in (16, 32, 64, 128) for each in constants)
+            rows = [int(str(each.get("ROWS", 0))) for each in constants]
+            assert rows == sorted(rows, reverse=True)
+            assert rows[-1] in (0, 16, 32)
+            assert all(TILE_TOKENS % max(each, 1) == 0 for each in rows)
+        others = {each.kernel: [other.kernel for other in each.others] for each in launches}
+        assert all([other.kernel for other in each.others] == others[each.kernel] for each in launches)

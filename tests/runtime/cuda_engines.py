@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from enginery.compiler.build import BuildRequest, build, prepare
-from enginery.compiler.cuda import kernels as kernels_module
+from enginery.compiler.cuda import choice
 from enginery.compiler.cuda.kernels import CompiledKernel, file_name
 from enginery.engines.plan import KernelImage
 from enginery.engines.targets import Target
@@ -59,7 +59,7 @@ def build_shell(case: str, directory: Path, target: str = "h100", **options: Any
     """An engine of the tiny checkpoint `case` (tests/tiny.py), for a GPU."""
     make_checkpoint(case, directory / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_module, "compile_kernels", compile_to_shells)
+        patch.setattr(choice, "compile_kernels", compile_to_shells)
         request = BuildRequest(str(directory / "model"), directory / "engine", target=target, **options)
         with prepare(request) as prepared:
             return build(prepared)

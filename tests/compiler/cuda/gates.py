@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from enginery.compiler.build import BuildRequest, prepare
-from enginery.compiler.cuda.kernels import compile_kernels
+from enginery.compiler.cuda.choice import compile_chosen
 from enginery.engines.plan import KernelImage
 from enginery.engines.targets import TARGETS, Target
 
@@ -94,11 +94,12 @@ def images(build: Build) -> list[KernelImage]:
             tensor_parallel_size=build.num_ranks,
         )
         with prepare(request) as prepared:
-            kernels = prepared.ranks[0].kernels
+            ways = prepared.ranks[0].choice.ways
             if build.num_ranks > 1:  # of other sizes, but for those in which ranks meet
-                kernels = tuple(kernel for kernel in kernels if kernel.role == "collective")
-            compiled = compile_kernels(kernels, build.target, 2)
-    return sorted((kernel.image for kernel in compiled.values()), key=lambda image: image.name)
+                ways = tuple(way for way in ways if way[0].role == "collective")
+            compiled = compile_chosen(ways, build.target, 2)
+    images = {kernel.image.name: kernel.image for kernel in compiled.values()}
+    return sorted(images.values(), key=lambda image: image.name)
 
 
 def faults(image: KernelImage, build: Build) -> list[str]:

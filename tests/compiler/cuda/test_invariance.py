@@ -7,6 +7,7 @@ of the kernel. That the programs of a larger or smaller grid add alike is shown 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def constants_of(launches: tuple[Launch, ...]) -> dict[str, Any]:
     return dict(kernel.constants)
 
 
+def ways_of(launches: tuple[Launch, ...]) -> Iterator[tuple[Launch, ...]]:
+    """Theirs, and those of which an engine may have one instead."""
+    yield launches
+    yield from zip(*(each.others for each in launches), strict=True)
+
+
 def ranges_of(launches: tuple[Launch, ...], variable: str) -> list[tuple[int, int]]:
     return [(g.low, g.high) for each in launches for g in each.guard if g.variable == variable]
 
@@ -60,12 +67,13 @@ def assert_cover_every_count_once(ranges: list[tuple[int, int]]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(LINEARS, ARCHITECTURES, st.sampled_from([1, 8, 84, 132, 170]))
 def test_products(linear: Linear, arch: int, num_sms: int) -> None:
-    launches = linear_launches(linear, arch, num_sms)
-    constants = constants_of(launches)
-    assert [each.grid[1] for each in launches] == ([constants["SPLITS"], 1] if constants["SPLITS"] > 1 else [1])
-    assert constants["SHARE"] % constants["DEPTH"] == 0
-    assert constants["SHARE"] * (constants["SPLITS"] - 1) < constants["K"] <= constants["SHARE"] * constants["SPLITS"]
-    assert_cover_every_count_once(ranges_of(launches, linear.domain))
+    for launches in ways_of(linear_launches(linear, arch, num_sms)):
+        constants = constants_of(launches)
+        share, splits = constants["SHARE"], constants["SPLITS"]
+        assert [each.grid[1] for each in launches] == ([splits, 1] if splits > 1 else [1])
+        assert share % constants["DEPTH"] == 0
+        assert share * (splits - 1) < constants["K"] <= share * splits
+        assert_cover_every_count_once(ranges_of(launches, linear.domain))
     assert fused_rows(linear, arch) == 0
 
 
@@ -84,13 +92,13 @@ def test_attention(
 ) -> None:
     layout = StateLayout(kv_heads, head_dim, kv_dtype, 1 << 20)
     operator = Attention(layout, kv_heads * group, 0, 128, head_dim // 2 * 2, 0.0, 1.0, 0.0, window, False, True)
-    launches = attention_launches(operator, arch, domain, arch >= 90)
-    constants = constants_of(launches)
-    # Tiles of keys begin at multiples: spans do, and so does whatever block a window begins in.
-    assert SPAN % constants["TILE"] == BLOCK_TOKENS % constants["TILE"] == SPAN % BLOCK_TOKENS == 0
-    assert constants["ROWS"] % constants["GROUP_ROWS"] == 0
-    assert_cover_every_count_once(ranges_of(launches, "rows" if domain == "rows" else "decodes"))
-    assert ranges_of(launches, "tiles") == ([] if domain == "rows" else [(1, LARGEST)])
+    for launches in ways_of(attention_launches(operator, arch, domain, arch >= 90)):
+        constants = constants_of(launches)
+        # Tiles of keys begin at multiples: spans do, and so does whatever block a window begins in.
+        assert SPAN % constants["TILE"] == BLOCK_TOKENS % constants["TILE"] == SPAN % BLOCK_TOKENS == 0
+        assert constants["ROWS"] % constants["GROUP_ROWS"] == 0
+        assert_cover_every_count_once(ranges_of(launches, "rows" if domain == "rows" else "decodes"))
+        assert ranges_of(launches, "tiles") == ([] if domain == "rows" else [(1, LARGEST)])
 
 
 def kernels_by_result(prepared: Any) -> dict[str, set[str]]:
