@@ -30,14 +30,14 @@ struct RowTile {
     int64_t first_row, rows, index, count;
 };
 
-// So few rows are multiplied as fast as their weights come, and the processor's own prefetching does better.
+// So few rows are multiplied as fast as their weights come: many streams at once then read the most from memory. Above,
+// they slow each other down, and two panels are enough.
 inline constexpr int64_t kFewRows = 2;
 
 // Tiles share the work of bringing the panels of the next block near.
 inline int panels_ahead(const std::byte** ahead, const std::byte* weight, int64_t all_steps, const Block& next,
                         const RowTile& tile) {
     int count = 0;
-    if (tile.count == 1 && tile.rows <= kFewRows) return count;
     for (int64_t p = tile.index; p < next.panels; p += tile.count) {
         ahead[count++] = weight + ((next.panel + p) * all_steps + next.first_step) * kPanelStep;
     }
@@ -55,8 +55,6 @@ class PanelProduct {
         : o_(operands), activations_(o_.activations.at<const std::byte>(team)) {}
 
     static int64_t most_rows(int panels) { return enginery::ENGINERY_ISA::most_rows<Dot>(panels); }
-    // Many streams from memory at once slow each other down: more than two panels only to have enough products in
-    // flight.
     static bool suits(int panels, int64_t rows) {
         return rows <= kFewRows ? panels * rows <= Dot::kTiles
                                 : panels <= 2 && most_rows(panels) >= std::min<int64_t>(rows, 8);
@@ -78,7 +76,10 @@ class PanelProduct {
         t.panel_step = kPanelStep;
         t.out = out;
         t.out_stride = stride;
-        t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
+        // Of few rows the processor's own prefetching does better.
+        if (tile.count > 1 || tile.rows > kFewRows) {
+            t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
+        }
         const auto panels = static_cast<size_t>(block.panels), rows = static_cast<size_t>(tile.rows);
         (add ? kTiles<Dot, Finish::kAdd> : kTiles<Dot, Finish::kStore>)[panels][rows](t);
     }
@@ -101,10 +102,8 @@ class GroupProduct {
           sums_(o_.activation_sums.at<const int32_t>(team)) {}
 
     static int64_t most_rows(int panels) { return most_group_rows(panels); }
-    // As measured: tiles of 4 rows by 3 panels keep more products in flight than 4 by 2, and of 6 by 2 load less.
     static bool suits(int panels, int64_t rows) {
-        const int most = rows <= kFewRows ? 4 : rows < 12 ? 3 : 2;
-        return panels <= most && panels * std::min<int64_t>(rows, 4) <= kGroupTiles;
+        return panels <= (rows <= kFewRows ? 4 : 2) && panels * std::min<int64_t>(rows, 6) <= kGroupTiles;
     }
 
     void multiply(const Block& block, const RowTile& tile, const Block& next, float* out, int64_t stride,
@@ -128,7 +127,7 @@ class GroupProduct {
         t.out_stride = stride;
         t.add = add;
         t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
-        if (t.num_ahead > 0) prefetch_scales(next, tile, groups);
+        prefetch_scales(next, tile, groups);
         kGroupFunctions<zero_points>[static_cast<size_t>(block.panels)][static_cast<size_t>(tile.rows)](t);
     }
 
