@@ -77,12 +77,17 @@ ENGINERY_INLINE VecF load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm25
 
 // Round to nearest even; NaN stays NaN.
 ENGINERY_INLINE __m256i to_bf16(VecF x) {
+#ifdef __AVX512BF16__
+    // What it takes for zero, subnormal numbers, is far below what anything adds up to.
+    return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
     const __m512i bits = _mm512_castps_si512(x.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
     const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
 }
 ENGINERY_INLINE void store_bf16(uint16_t* p, VecF x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
 
@@ -237,20 +242,38 @@ ENGINERY_INLINE void store_bytes_part(void* p, VecI x, int count) {
     std::memcpy(p, lanes, static_cast<size_t>(count));
 }
 
-ENGINERY_INLINE float sum_lanes(VecF x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    }
-    return lanes[0];
+ENGINERY_INLINE float first_lane(VecF x) {
+#ifdef __AVX512F__
+    return _mm512_cvtss_f32(x.v);
+#else
+    return _mm256_cvtss_f32(x.v);
+#endif
 }
+
+// Halves are joined until one lane is left.
+template <class Join128>
+ENGINERY_INLINE float join_lanes(__m128 x, Join128 join) {
+    x = join(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(join(x, _mm_shuffle_ps(x, x, 1)));
+}
+ENGINERY_INLINE float sum_lanes(VecF x) {
+#ifdef __AVX512F__
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+    const __m256 half = x.v;
+#endif
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    return join_lanes(quarter, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+// Of numbers; of NaN some lane.
 ENGINERY_INLINE float max_lanes(VecF x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    float most = lanes[0];
-    for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+#ifdef __AVX512F__
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+    const __m256 half = x.v;
+#endif
+    const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    return join_lanes(quarter, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
 }
 
 // e^x within 1 ulp; exactly 1 at 0 and exactly 0 below -104 and at -infinity.

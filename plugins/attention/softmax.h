@@ -22,11 +22,7 @@ struct ScoreRule {
     float softcap = 0.0f;
 };
 
-ENGINERY_INLINE float exp_one(float x) {
-    float lanes[kLanes];
-    store(lanes, exp(set1(x)));
-    return lanes[0];
-}
+ENGINERY_INLINE float exp_one(float x) { return first_lane(exp(set1(x))); }
 
 // A row that has seen nothing has maximum -infinity: relative to 0 instead, its e^-infinity are 0 and not NaN.
 ENGINERY_INLINE float reference_of(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
