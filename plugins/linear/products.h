@@ -30,14 +30,15 @@ struct RowTile {
     int64_t first_row, rows, index, count;
 };
 
-// So few rows are multiplied as fast as their weights come: many streams at once then read the most from memory. Above,
-// they slow each other down, and two panels are enough.
+// So few rows are multiplied as fast as their weights come: then many streams at once, which the processor itself
+// prefetches, read the most from memory. Above, they slow each other down, and two panels are enough.
 inline constexpr int64_t kFewRows = 2;
 
 // Tiles share the work of bringing the panels of the next block near.
 inline int panels_ahead(const std::byte** ahead, const std::byte* weight, int64_t all_steps, const Block& next,
                         const RowTile& tile) {
     int count = 0;
+    if (tile.count == 1 && tile.rows <= kFewRows) return count;
     for (int64_t p = tile.index; p < next.panels; p += tile.count) {
         ahead[count++] = weight + ((next.panel + p) * all_steps + next.first_step) * kPanelStep;
     }
@@ -76,10 +77,7 @@ class PanelProduct {
         t.panel_step = kPanelStep;
         t.out = out;
         t.out_stride = stride;
-        // Of few rows the processor's own prefetching does better.
-        if (tile.count > 1 || tile.rows > kFewRows) {
-            t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
-        }
+        t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
         const auto panels = static_cast<size_t>(block.panels), rows = static_cast<size_t>(tile.rows);
         (add ? kTiles<Dot, Finish::kAdd> : kTiles<Dot, Finish::kStore>)[panels][rows](t);
     }
@@ -127,7 +125,7 @@ class GroupProduct {
         t.out_stride = stride;
         t.add = add;
         t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
-        prefetch_scales(next, tile, groups);
+        if (t.num_ahead > 0) prefetch_scales(next, tile, groups);
         kGroupFunctions<zero_points>[static_cast<size_t>(block.panels)][static_cast<size_t>(tile.rows)](t);
     }
 
