@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -103,11 +103,12 @@ def tiles_of(what: str, operator: Attention, arch: int) -> tuple[Tiles, ...]:
     """The table's, and others."""
     decode, usual = what == "decode", cuda._tiles(what, operator, arch)
     others = [
-        Tiles(rows, keys, warps, stages)
+        Tiles(rows, keys, warps, stages, in_shared)
         for rows in ((0,) if decode else (64, 128))
         for keys in (32, 64, 128)
         for warps in (4, 8)
         for stages in ((2, 3, 4) if decode else (2, 3))
+        for in_shared in ((False,) if decode else (False, True))
     ]
     return tuple(dict.fromkeys((usual, *others)))
 
@@ -153,7 +154,7 @@ def put(table: Table, question: Question, operator: Attention, choice: Entry) ->
     """The table with this choice, for these heads on this GPU alone."""
     keys = cuda.tuning_keys(question.what, operator, target().arch)
     entries = list(next(table[key] for key in keys if key in table))
-    entries[question.place] = asdict(choice)
+    entries[question.place] = tuning_table.as_entry(choice)
     return table | {keys[0]: entries}
 
 

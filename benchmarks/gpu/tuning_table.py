@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from enginery.plugins.attention.cuda import Split, Tiles
 from enginery.plugins.linear.cuda import Tile
 
 from ..machine import ROOT
@@ -15,7 +16,6 @@ from ..machine import ROOT
 LINEAR = ROOT / "plugins" / "linear" / "tuning.json"
 ATTENTION = ROOT / "plugins" / "attention" / "tuning.json"
 Table = dict[str, list[dict[str, Any]]]
-_DEFAULTS = {item.name: item.default for item in fields(Tile)}
 # In this order.
 _WORDS = (
     *("bf16", "fp8", "int8", "i8", "invariant"),
@@ -38,9 +38,10 @@ def write(path: Path, table: Table) -> str:
     return text
 
 
-def as_entry(tile: Tile) -> dict[str, Any]:
-    """What a line says of a product's tile: all but what is usual."""
-    return {name: value for name, value in asdict(tile).items() if name == "most" or value != _DEFAULTS[name]}
+def as_entry(item: Tile | Tiles | Split) -> dict[str, Any]:
+    """What a line says: all but what is usual."""
+    usual = {field.name: field.default for field in fields(item)}
+    return {name: value for name, value in asdict(item).items() if name == "most" or value != usual[name]}
 
 
 def render(table: Table) -> str:

@@ -12,11 +12,12 @@ splits                of decode, by how many pairs of queries and KV heads there
 
 Tiles are the largest that no register spills from, for most heads of their class; others get the first of `_smaller`
 ones that none does. A decoding program has 32 KiB of keys and values in one and two of them in flight: two or three
-programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma leaves too few registers to convert what it
-multiplies: less than 64 rows are for mma.sync. So are the 32 of attend_any, which keeps two sums, of a span and of
-those before; its tiles have no more than 64 keys, as they begin at multiples, where a window's block may too. Splits
-are enough programs to fill 132 SMs several times over, and none of less work than its part of the combining costs;
-large batches are split for their long sequences alone, which would run on when all others have ended.
+programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma has registers to convert what it multiplies
+only if the queries are in shared memory; where heads that are rotated in part leave too few even then, less than 64
+rows are for mma.sync. So are the 32 of attend_any, which keeps two sums, of a span and of those before; its tiles have
+no more than 64 keys, as they begin at multiples, where a window's block may too. Splits are enough programs
+to fill 132 SMs several times over, and none of less work than its part of the combining costs; large batches are split
+for their long sequences alone, which would run on when all others have ended.
 """
 
 from __future__ import annotations
@@ -61,12 +62,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile."""
+    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile; in_shared: a prefill program
+    keeps its queries in shared memory, not in registers."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    in_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _smaller(tiles: Tiles) -> Iterator[Tiles]:
     least = _LEAST_KEYS if tiles.rows else _LEAST_DECODE_KEYS
     keys = [size for size in (tiles.keys, tiles.keys // 2, *([] if tiles.rows else [tiles.keys // 4])) if size >= least]
     warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
-    return (Tiles(*size, tiles.num_stages) for size in product(rows, keys, warps))
+    return (Tiles(*size, tiles.num_stages, tiles.in_shared) for size in product(rows, keys, warps))
 
 
 def _with_all_registers(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
@@ -204,6 +207,7 @@ def _decode(
 
 def _prefill(operator: Attention, tiles: Tiles, pdl: bool) -> tuple[Launch, ...]:
     constants: dict[str, Constant] = {"ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS, "TILE": tiles.keys}
+    constants["IN_SHARED"] = tiles.in_shared
     kernel = _kernel(operator, "prefill", (("tiles", "*i32"), ("out", "*bf16")), (), constants, tiles, pdl)
     grid: Expression = ["*", "tiles", TILE_TOKENS // tiles.rows]
     return (Launch(kernel, (operator.num_heads, grid, 1), (Range("tiles", 1, LARGEST),)),)

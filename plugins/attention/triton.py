@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_invariant import attend_any
 from .triton_rows import combine, prepare_queries, write_heads
-from .triton_walk import attend
+from .triton_walk import attend, attend_to_all
 
 __all__ = ["attend_any", "decode", "prefill"]
 
@@ -172,6 +172,7 @@ def prefill(
     ROWS: tl.constexpr,
     ROWS_OF_A_TILE: tl.constexpr,
     TILE: tl.constexpr,
+    IN_SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (heads, tiles · ROWS_OF_A_TILE / ROWS). The last tokens, which see the most keys, are begun first."""
@@ -188,7 +189,6 @@ def prefill(
         return
 
     position = tl.load(positions + token)
-    end = position + num_rows
     table = block_table + tl.load(token_sequence + token).to(tl.int64) * max_blocks
     index = tl.arange(0, ROWS)
     live = (index < num_rows)[:, None]
@@ -196,27 +196,45 @@ def prefill(
     table_at = token.to(tl.int64) * (ROT_DIM // 2) + (index * (ROT_DIM // 2))[:, None]
     cos += table_at
     sin += table_at
-    queries = prepare_queries(
-        heads, cos, sin, q_norm, live, state, num_rows > 0, HEAD_DIM, WIDTH, ROT_DIM, EPS, SCALE, SOFTCAP
-    )
-    largest = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, WIDTH), tl.float32)
     state += kv_head * HEAD_STRIDE
     if state_scales is not None:
         state_scales += kv_head * (HEAD_STRIDE // 2) + 64 * HEAD_DIM
-
-    # Keys in three parts: those that the window hides from some rows, those that all rows see, those that are later
-    # than some rows or than all.
-    first = 0
-    full = 0
-    if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1, 0) // 64 * 64
-        full = first + tl.cdiv(tl.maximum(end - WINDOW - first, 0), TILE) * TILE
-    full = tl.minimum(full, end)
-    diagonal = tl.maximum(first + (position + 1 - first) // TILE * TILE, full)
-    if WINDOW > 0:
-        largest, total, sums = attend(
+    queries = tl.zeros((ROWS, WIDTH), tl.float16 if state.dtype.element_ty == tl.float8e4nv else tl.bfloat16)
+    largest = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    if IN_SHARED:
+        # Two turns: Triton's wgmma takes what a loop hands on from shared memory, and what was computed before it from
+        # registers, which wide heads have none left for.
+        for turn in tl.range(0, tl.cdiv(num_rows, ROWS) + 1, num_stages=1):
+            if turn == 0:
+                queries = prepare_queries(
+                    heads, cos, sin, q_norm, live, state, num_rows > 0, HEAD_DIM, WIDTH, ROT_DIM, EPS, SCALE, SOFTCAP
+                )
+                sums = tl.zeros((ROWS, WIDTH), tl.float32)
+            else:
+                largest, total, sums = attend_to_all(
+                    queries,
+                    largest,
+                    total,
+                    sums,
+                    state,
+                    state_scales,
+                    table,
+                    position,
+                    num_rows,
+                    HEAD_DIM,
+                    WIDTH,
+                    SOFTCAP,
+                    WINDOW,
+                    BLOCK_STRIDE,
+                    TILE,
+                )
+    else:
+        queries = prepare_queries(
+            heads, cos, sin, q_norm, live, state, num_rows > 0, HEAD_DIM, WIDTH, ROT_DIM, EPS, SCALE, SOFTCAP
+        )
+        largest, total, sums = attend_to_all(
             queries,
             largest,
             total,
@@ -224,11 +242,8 @@ def prefill(
             state,
             state_scales,
             table,
-            position + index,
-            end,
-            first,
-            full,
-            True,
+            position,
+            num_rows,
             HEAD_DIM,
             WIDTH,
             SOFTCAP,
@@ -236,46 +251,6 @@ def prefill(
             BLOCK_STRIDE,
             TILE,
         )
-    largest, total, sums = attend(
-        queries,
-        largest,
-        total,
-        sums,
-        state,
-        state_scales,
-        table,
-        position + index,
-        end,
-        full,
-        diagonal,
-        False,
-        HEAD_DIM,
-        WIDTH,
-        SOFTCAP,
-        WINDOW,
-        BLOCK_STRIDE,
-        TILE,
-    )
-    largest, total, sums = attend(
-        queries,
-        largest,
-        total,
-        sums,
-        state,
-        state_scales,
-        table,
-        position + index,
-        end,
-        diagonal,
-        end,
-        True,
-        HEAD_DIM,
-        WIDTH,
-        SOFTCAP,
-        WINDOW,
-        BLOCK_STRIDE,
-        TILE,
-    )
     # Rows that are no token's have seen no key where there is a window.
     sums = sums / tl.maximum(total, 1e-30)[:, None]
     COLUMNS: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD_DIM

@@ -93,6 +93,99 @@ def attend(
 
 
 @triton.jit
+def attend_to_all(
+    queries,
+    largest,
+    total,
+    sums,
+    state,
+    state_scales,
+    table,
+    position,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Takes all keys that `num_rows` successive tokens from `position` on see, as `attend` does."""
+    end = position + num_rows
+    positions = position + tl.arange(0, largest.shape[0])
+    # Keys in three parts: those that the window hides from some rows, those that all rows see, those that are later
+    # than some rows or than all.
+    first = 0
+    full = 0
+    if WINDOW > 0:
+        first = tl.maximum(position - WINDOW + 1, 0) // 64 * 64
+        full = first + tl.cdiv(tl.maximum(end - WINDOW - first, 0), TILE) * TILE
+    full = tl.minimum(full, end)
+    diagonal = tl.maximum(first + (position + 1 - first) // TILE * TILE, full)
+    if WINDOW > 0:
+        largest, total, sums = attend(
+            queries,
+            largest,
+            total,
+            sums,
+            state,
+            state_scales,
+            table,
+            positions,
+            end,
+            first,
+            full,
+            True,
+            HEAD_DIM,
+            WIDTH,
+            SOFTCAP,
+            WINDOW,
+            BLOCK_STRIDE,
+            TILE,
+        )
+    largest, total, sums = attend(
+        queries,
+        largest,
+        total,
+        sums,
+        state,
+        state_scales,
+        table,
+        positions,
+        end,
+        full,
+        diagonal,
+        False,
+        HEAD_DIM,
+        WIDTH,
+        SOFTCAP,
+        WINDOW,
+        BLOCK_STRIDE,
+        TILE,
+    )
+    return attend(
+        queries,
+        largest,
+        total,
+        sums,
+        state,
+        state_scales,
+        table,
+        positions,
+        end,
+        diagonal,
+        end,
+        True,
+        HEAD_DIM,
+        WIDTH,
+        SOFTCAP,
+        WINDOW,
+        BLOCK_STRIDE,
+        TILE,
+    )
+
+
+@triton.jit
 def _load(at, mask, ALL: tl.constexpr):
     if ALL:
         return tl.load(at)

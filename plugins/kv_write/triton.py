@@ -117,13 +117,25 @@ def _rotate_some(
     ROT_DIM: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = live & (column < HEAD_DIM)
+    # One half of the columns after the other: large tiles have no registers for what both need.
+    left = tl.arange(0, WIDTH // 2)[None, :]
+    right = WIDTH // 2 + left
+    factor = 1.0
     if norm is not None:
-        x = tl.load(heads + column, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + EPS)[:, None]
-    if ROT_DIM > 0:
-        HALF: tl.constexpr = ROT_DIM // 2
+        x = tl.load(heads + left, mask=live & (left < HEAD_DIM), other=0.0).to(tl.float32)
+        y = tl.load(heads + right, mask=live & (right < HEAD_DIM), other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x + y * y, 1) / HEAD_DIM + EPS)[:, None]
+    x = _rotate_columns(left, heads, factor, norm, cos, sin, live, HEAD_DIM, ROT_DIM)
+    tl.debug_barrier()
+    y = _rotate_columns(right, heads, factor, norm, cos, sin, live, HEAD_DIM, ROT_DIM if ROT_DIM > WIDTH // 2 else 0)
+    return tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), (x.shape[0], WIDTH))
+
+
+@triton.jit
+def _rotate_columns(column, heads, factor, norm, cos, sin, live, HEAD_DIM: tl.constexpr, ROT_DIM: tl.constexpr):
+    """The columns [1, N] of heads, times `factor` and `norm` if there is one, rotated as far as ROT_DIM."""
+    HALF: tl.constexpr = ROT_DIM // 2
+    if HALF > 0:
         rotates = live & (column < ROT_DIM)
         partner = tl.where(column < HALF, column + HALF, column - HALF)
         angle = tl.where(column < HALF, column, column - HALF)
@@ -131,12 +143,12 @@ def _rotate_some(
         if norm is not None:
             y = y * factor * tl.load(norm + partner, mask=column < ROT_DIM, other=0.0)
         turned = tl.where(column < HALF, -y, y) * tl.load(sin + angle, mask=rotates, other=0.0)
-        # Keeps what follows from being loaded before that is done: large tiles have no registers for both.
+        # Keeps what follows from being loaded before that is done.
         tl.debug_barrier()
-    x = tl.load(heads + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(heads + column, mask=live & (column < HEAD_DIM), other=0.0).to(tl.float32)
     if norm is not None:
         x = x * factor * tl.load(norm + column, mask=column < HEAD_DIM, other=0.0)
-    if ROT_DIM > 0:
+    if HALF > 0:
         x = x * tl.load(cos + angle, mask=rotates, other=1.0) + turned
     return x
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from enginery.compiler.cuda.choice import compile_chosen
 from enginery.compiler.cuda.kernels import CompiledKernel, compile_kernels
 from enginery.engines.errors import CompileError
 from enginery.engines.expressions import evaluate
@@ -47,6 +48,7 @@ class Address:
 
 Argument = torch.Tensor | Address | int | float
 _compiled: dict[str, CompiledKernel] = {}
+_chosen: dict[Kernel, Kernel] = {}
 
 
 def target() -> Target:
@@ -108,16 +110,30 @@ def bind(kernel: Kernel, grid: tuple[int, int, int], arguments: Mapping[str, Arg
     return launch
 
 
+def chosen(launch: Launch) -> Launch:
+    """What an engine has of it: itself, or the first of its others whose machine code is as it must be."""
+    if INTERPRETED or not launch.others:
+        return launch
+    ways = {each.kernel: each for each in (launch, *launch.others)}
+    if launch.kernel not in _chosen:
+        found = compile_chosen([tuple(ways)], target(), os.cpu_count() or 1)[launch.kernel.name]
+        _chosen[launch.kernel] = next(kernel for kernel in ways if kernel.name == found.image.name)
+        _compiled[found.image.name] = found
+    return ways[_chosen[launch.kernel]]
+
+
 def bind_launches(
     launches: Iterable[Launch],
     sizes: Mapping[str, int],
     inputs: Mapping[str, Argument],
     scratch: dict[str, torch.Tensor] | None = None,
 ) -> list[Callable[[], None]]:
-    """Those whose guards hold for these sizes, in order. scratch: what they share by name, made where it is missing."""
+    """Those whose guards hold for these sizes, in order, each as an engine has it (`chosen`). scratch: what they share
+    by name, made where it is missing.
+    """
     scratch, sizes = {} if scratch is None else scratch, dict(sizes)
     bound = []
-    for case in launches:
+    for case in map(chosen, launches):
         grid = (evaluate(case.grid[0], sizes), evaluate(case.grid[1], sizes), evaluate(case.grid[2], sizes))
         if not all(g.low <= sizes[g.variable] <= g.high for g in case.guard) or 0 in grid:
             continue

@@ -68,7 +68,7 @@ def test_entries_are_as_kernels_want_them() -> None:
         ("prefill", "i8", (32, 8), (128, 64), 86, Tiles(64, 64, 8, 2)),
         ("prefill", "fp8", (32, 8), (80, 80), 100, Tiles(128, 64, 8, 2)),
         ("prefill", "i8", (32, 8), (128, 64), 90, Tiles(64, 64, 8, 2)),
-        ("prefill", "fp8", (8, 4), (256, 256), 90, Tiles(32, 64, 4, 2)),
+        ("prefill", "fp8", (8, 4), (256, 256), 90, Tiles(64, 64, 8, 2, in_shared=True)),
         ("prefill", "bf16", (8, 4), (256, 256), 90, Tiles(128, 64, 8, 2)),
         ("prefill", "bf16", (8, 4), (256, 64), 90, Tiles(64, 64, 8, 2)),
         ("attend_any", "bf16", (32, 8), (128, 128), 90, Tiles(64, 64, 8, 2)),

@@ -111,12 +111,17 @@ def faults(image: KernelImage, build: Build) -> list[str]:
         found.append(f"takes {image.shared_bytes} bytes of shared memory, {target.name} has {target.shared_bytes}")
     wanted = None
     if image.role == "gemm":
-        wanted = _OF_ARCH.get(target.arch, _PRODUCTS)[precision]
+        wanted = instruction_of(precision, target)
     elif image.name.startswith(("attention_prefill", "attention_attend_any")):
-        wanted = _OF_ARCH.get(target.arch, _PRODUCTS)["bf16"]
+        wanted = instruction_of("bf16", target)
     if wanted is not None and image.instruction != wanted:
         found.append(f"multiplies by {image.instruction or 'no tensor core'}, wanted {wanted}")
     return [f"{image.name} for {build.name}: {fault}" for fault in found]
+
+
+def instruction_of(precision: str, target: Target) -> str:
+    """Of the tensor cores that multiply it there."""
+    return _OF_ARCH.get(target.arch, _PRODUCTS)[precision]
 
 
 def row(image: KernelImage) -> dict[str, Any]:

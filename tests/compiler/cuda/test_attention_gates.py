@@ -11,6 +11,8 @@ from enginery.engines.targets import TARGETS, Target
 from enginery.plugins.attention.cuda import Attention, attention_launches
 from enginery.plugins.kv_write.cuda import StateLayout
 
+from .gates import instruction_of
+
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.timeout(3600),
@@ -46,3 +48,10 @@ def test_no_register_spills_and_memory_fits(target: Target, invariant: bool) -> 
     assert {what: image.spill_bytes for what, image in images.items() if image.spill_bytes} == {}
     assert max(image.shared_bytes for image in images.values()) <= target.shared_bytes
     assert all(image.instruction for image in images.values())
+    # Heads rotated in part leave too few registers for sm90's wgmma, where keys are of 8 bits.
+    of_prefill = {
+        image.instruction
+        for what, image in images.items()
+        if what.startswith("prefill") and (target.arch != 90 or " 256 256 " in what or "bf16" in what)
+    }
+    assert of_prefill == (set() if invariant else {instruction_of("bf16", target)})
