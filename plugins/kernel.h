@@ -12,6 +12,7 @@
 
 #include "runtime/csrc/call.h"
 #include "runtime/csrc/executor.h"
+#include "runtime/csrc/kept_logits.h"
 #include "runtime/csrc/step.h"
 
 namespace enginery {
@@ -22,6 +23,10 @@ class Collectives;
 // thread, and of a rank's threads together. engines/defaults.py says the same.
 inline constexpr int64_t kThreadScratchBytes = int64_t{1} << 20;
 inline constexpr int64_t kSharedScratchBytes = int64_t{1} << 20;
+
+// The scratch of `linear` is divided: sums first, then what the head keeps of each row.
+inline constexpr int64_t kKeptOffset = int64_t{1} << 16;
+inline constexpr int64_t kMostKeptRows = (kThreadScratchBytes - kKeptOffset) / int64_t{sizeof(KeptRow)};
 
 // One thread's part in running one call.
 struct Team {
@@ -55,6 +60,9 @@ struct Binding {
     int32_t world_size = 1;
     int32_t num_threads = 1;
     Collectives* collectives = nullptr;
+    // Where the plan's logits go, [rows][·] of so many columns, if steps may want the largest of a row alone.
+    const std::byte* logits = nullptr;
+    int32_t vocab_size = 0;
 };
 
 // A bound call. Every thread of the rank's team calls run() with the same step; it neither allocates nor throws, but
@@ -65,6 +73,8 @@ class Kernel {
     virtual void run(const Step& step, const Team& team) = 0;
     // Whether it wants a part of its region's shared scratch.
     virtual bool wants_shared_scratch() const { return false; }
+    // Whether it makes the plan's logits and heeds Step::keep.
+    virtual bool keeps_largest() const { return false; }
 };
 
 // Binds a call. Checks everything that run() will rely on and throws EngineFormatError naming every fault.

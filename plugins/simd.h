@@ -59,6 +59,8 @@ ENGINERY_INLINE VecI to_int(VecF a) { return {_mm512_cvtps_epi32(a.v)}; }
 ENGINERY_INLINE VecF to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
 ENGINERY_INLINE VecI shift_left(VecI a, int bits) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
 ENGINERY_INLINE Mask less(VecF a, VecF b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+// Bit i: lane i of a is not less than that of b, and neither is NaN.
+ENGINERY_INLINE uint32_t lanes_not_less(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 ENGINERY_INLINE Mask greater(VecI a, VecI b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
 ENGINERY_INLINE Mask both(Mask a, Mask b) { return {static_cast<__mmask16>(a.v & b.v)}; }
 ENGINERY_INLINE VecF select(Mask m, VecF yes, VecF no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
@@ -137,6 +139,9 @@ ENGINERY_INLINE VecI to_int(VecF a) { return {_mm256_cvtps_epi32(a.v)}; }
 ENGINERY_INLINE VecF to_float(VecI a) { return {_mm256_cvtepi32_ps(a.v)}; }
 ENGINERY_INLINE VecI shift_left(VecI a, int bits) { return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
 ENGINERY_INLINE Mask less(VecF a, VecF b) { return {_mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
+ENGINERY_INLINE uint32_t lanes_not_less(VecF a, VecF b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
+}
 ENGINERY_INLINE Mask greater(VecI a, VecI b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
 ENGINERY_INLINE Mask both(Mask a, Mask b) { return {_mm256_and_si256(a.v, b.v)}; }
 ENGINERY_INLINE VecF select(Mask m, VecF yes, VecF no) {
@@ -187,6 +192,7 @@ ENGINERY_INLINE void store_bytes(void* p, VecI a) { _mm_storel_epi64((__m128i*)p
 
 inline constexpr int kPanelLanes = 16;                   // rows of a weight panel, keys of a key panel
 inline constexpr int kPanelVecs = kPanelLanes / kLanes;  // vectors that hold a panel
+inline constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 ENGINERY_INLINE VecF zero() { return set1(0.0f); }

@@ -16,12 +16,13 @@ namespace {
 
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kSumsStride = kMostPanels * kPanelLanes;
-static_assert(kRowBlock * kSumsStride * 4 <= kThreadScratchBytes);
+static_assert(kRowBlock * kSumsStride * 4 <= kKeptOffset);
 
 struct LinearOperands {
     Domain domain = Domain::kTokens;
     BoundOperand activation_scale, residual, out;
     int64_t panels = 0;
+    bool is_head = false;  // its results are the plan's logits
     ProductOperands product;
     Epilogue epilogue;
 };
@@ -40,13 +41,19 @@ class Linear : public Kernel {
         const int64_t groups = (o_.panels + group - 1) / group;
         const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
         Shares shares(team, groups * row_blocks);
+        const int32_t* keep = o_.is_head ? step.keep : nullptr;
+        for (int64_t row = 0; keep != nullptr && row < rows; ++row) kept_rows(team)[row].begin();
         for (int64_t item = shares.next(); item >= 0; item = shares.next()) {
             const int64_t first_row = item / groups * kRowBlock;
-            run_item(team, first_row, std::min(kRowBlock, rows - first_row), item % groups * group, group);
+            run_item(team, keep, first_row, std::min(kRowBlock, rows - first_row), item % groups * group, group);
         }
     }
 
+    bool keeps_largest() const override { return o_.is_head; }
+
   private:
+    static KeptRow* kept_rows(const Team& team) { return reinterpret_cast<KeptRow*>(team.scratch + kKeptOffset); }
+
     // Panels of one item: the more rows there are, the more of the registers are rows; and no thread stands idle.
     int panels_together(int64_t rows, int32_t num_threads) const {
         const bool gated = o_.epilogue.gate != Activation::kNone;
@@ -64,8 +71,11 @@ class Linear : public Kernel {
                 static_cast<int>(std::min<int64_t>(panels, left))};
     }
 
-    void run_item(const Team& team, int64_t first_row, int64_t rows, int64_t panel, int panels) const {
+    void run_item(const Team& team, const int32_t* keep, int64_t first_row, int64_t rows, int64_t panel,
+                  int panels) const {
         Epilogue epilogue = o_.epilogue;
+        epilogue.keep = keep;
+        epilogue.kept = kept_rows(team);
         epilogue.activation_scale = o_.activation_scale ? o_.activation_scale.at<const float>(team) : nullptr;
         epilogue.residual = o_.residual ? o_.residual.at<const float>(team) : nullptr;
         epilogue.out = o_.out.at<float>(team);
@@ -167,6 +177,8 @@ std::unique_ptr<Kernel> make_linear(const CallSpec& call, const Binding& binding
     o.residual = reader.optional("residual", {"f32"}, most * o.epilogue.stride * 4);
     o.out = reader.required("out", {"f32"}, most * o.epilogue.stride * 4);
     if (o.out.per_thread()) reader.fault("operand out: threads divide its columns, so it cannot be per thread");
+    o.is_head =
+        o.domain == Domain::kRows && o.out.data == binding.logits && n == binding.vocab_size && !gated && !o.residual;
     const int64_t group = type == "i8" ? read_codes(reader, o, weight_rows, most) : 0;
     if (group == 0) read_panels(reader, o, type, weight_rows);
     reader.finish();

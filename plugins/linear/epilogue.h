@@ -20,6 +20,9 @@ struct Epilogue {
     float* out = nullptr;                     // [M][stride]
     int64_t stride = 0;
     int64_t columns = 0;  // of out; what lies beyond is not written
+    // Of a head: [M] how many of the largest to keep in kept[M] instead of writing the row, or 0.
+    const int32_t* keep = nullptr;
+    KeptRow* kept = nullptr;
 };
 
 ENGINERY_INLINE VecF activate(Activation kind, VecF x) {
@@ -50,10 +53,51 @@ ENGINERY_INLINE VecF finish_sums(const RowFactors& f, const int32_t* sums, VecF 
     return to_float(load(sums) - f.sum) * scale * f.scale + f.bias;
 }
 
+// One row's columns of the panels from `panel` on, of a head: the largest go to what is kept.
+template <class Element>
+static void keep_row(const Epilogue& e, const Element* sums, int64_t row, int64_t panel, int panels) {
+    KeptRow& kept = e.kept[row];
+    const VecF scale = set1(e.activation_scale == nullptr ? 1.0f : e.activation_scale[row]);
+    VecF zeros = zero();  // not so where an element is not finite
+    for (int v = 0; v < panels * kPanelVecs; ++v) {
+        const int64_t column = panel * kPanelLanes + v * kLanes;
+        if (column >= e.columns) break;
+        VecF x = finish_sums(load_factors(e, column), sums + v * kLanes, scale);
+        if (e.softcap > 0.0f) x = set1(e.softcap) * tanh(x / set1(e.softcap));
+        uint32_t largest = lanes_not_less(x, set1(kept.least));
+        if (const int count = lanes_left(e.columns, column); count < kLanes) {
+            largest &= (1u << count) - 1;
+            x = select(first_lanes(count), x, zero());
+        }
+        zeros = fma(x, zero(), zeros);
+        if (largest == 0) continue;
+        float lanes[kLanes];
+        store(lanes, x);
+        for (; largest != 0; largest &= largest - 1) {
+            const int lane = __builtin_ctz(largest);
+            kept.add({lanes[lane], static_cast<int32_t>(column + lane)}, e.keep[row]);
+        }
+    }
+    if (lanes_not_less(zeros, zero()) != kAllLanes) kept.is_finite = false;
+}
+
 // Rows first_row .. first_row + rows - 1 by the panels from `panel` on. sums: [rows][sums_stride], panel p at 16 p.
 template <class Element>
 static void finish_tile(const Epilogue& e, const Element* sums, int64_t sums_stride, int64_t first_row, int64_t rows,
                         int64_t panel, int panels) {
+    if (e.keep != nullptr) {
+        Epilogue whole = e;  // of rows that are written
+        whole.keep = nullptr;
+        for (int64_t r = 0; r < rows; ++r) {
+            const Element* from = sums + r * sums_stride;
+            if (e.keep[first_row + r] > 0) {
+                keep_row(e, from, first_row + r, panel, panels);
+            } else {
+                finish_tile(whole, from, sums_stride, first_row + r, 1, panel, panels);
+            }
+        }
+        return;
+    }
     const bool gated = e.gate != Activation::kNone;
     const int outputs = gated ? panels / 2 : panels;
     const int64_t first_column = (gated ? panel / 2 : panel) * kPanelLanes;

@@ -2,10 +2,13 @@
 
 #include <algorithm>
 
+#include "sampler.h"
+
 namespace enginery {
 
-void Batch::build(const std::vector<Chunk>& chunks, int32_t block_size, const EditSlots* slots) {
-    for (auto* array : {&token_ids_, &positions_, &token_sequence_, &prompt_lengths_, &query_start_, &rows_}) {
+void Batch::build(const std::vector<Chunk>& chunks, int32_t block_size, const EditSlots* slots, int32_t most_kept,
+                  int32_t vocab_size) {
+    for (auto* array : {&token_ids_, &positions_, &token_sequence_, &prompt_lengths_, &query_start_, &rows_, &keep_}) {
         array->clear();
     }
     tasks_.clear();
@@ -28,7 +31,13 @@ void Batch::build(const std::vector<Chunk>& chunks, int32_t block_size, const Ed
 
     for (const SampleTask& task : tasks_) {
         if (slots != nullptr) draws_.push_back(slots->prepare(*task.sequence, edits_));
+        if (most_kept == 0) continue;
+        const Sequence& sequence = *task.sequence;
+        keep_.push_back(task.prompt_token_id >= 0
+                            ? 0
+                            : logits_needed(sequence.request, sequence.num_generated_tokens(), most_kept, vocab_size));
     }
+    step_.keep = keep_.empty() ? nullptr : keep_.data();
     step_.draws = draws_.empty() ? nullptr : draws_.data();
     step_.edits = edits_.data();
     step_.num_edits = static_cast<int32_t>(edits_.size());

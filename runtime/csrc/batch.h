@@ -24,7 +24,9 @@ class Batch {
 
     // Fills the step from what was scheduled, in its order. slots: of an executor that is to draw the tokens, which all
     // sequences have reserved; null where the loop draws them. Memory is kept from step to step.
-    void build(const std::vector<Chunk>& chunks, int32_t block_size, const EditSlots* slots);
+    // most_kept: how many of a row's largest logits the executor can keep, of a vocabulary.
+    void build(const std::vector<Chunk>& chunks, int32_t block_size, const EditSlots* slots, int32_t most_kept,
+               int32_t vocab_size);
 
     const Step& step() const { return step_; }
     const std::vector<SampleTask>& tasks() const { return tasks_; }
@@ -41,7 +43,7 @@ class Batch {
     void add_group(const std::vector<Chunk>& chunks, size_t group, int32_t block_size);
 
     Step step_;
-    std::vector<int32_t> token_ids_, positions_, token_sequence_, prompt_lengths_, query_start_, rows_;
+    std::vector<int32_t> token_ids_, positions_, token_sequence_, prompt_lengths_, query_start_, rows_, keep_;
     std::vector<GroupArrays> groups_;
     std::vector<Draw> draws_;
     std::vector<Edit> edits_;

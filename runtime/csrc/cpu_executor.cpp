@@ -106,6 +106,7 @@ CpuExecutor::CpuExecutor(const ExecutorSpec& spec) : spec_(spec), pool_(pool_siz
     if (spec_.ranks.empty() || spec_.num_blocks.size() != spec_.groups.size()) {
         refuse("A plan without ranks, or state groups without blocks");
     }
+    check_logits();
     const std::vector<int32_t> threads = deal_threads(pool_.num_threads(), static_cast<int32_t>(spec_.ranks.size()));
     collectives_ = std::make_unique<Collectives>(threads, should_spin(pool_.num_threads()));
     check_collectives(spec_);
@@ -122,6 +123,10 @@ CpuExecutor::CpuExecutor(const ExecutorSpec& spec) : spec_(spec), pool_(pool_siz
         bind_rank(rank, index, kernels);
         divide_shared_scratch(rank);
     }
+    keeps_ = can_keep();
+}
+
+void CpuExecutor::check_logits() const {
     const RankSpec& first = spec_.ranks.front();
     const auto logits = static_cast<size_t>(first.logits_buffer);
     if (first.logits_buffer < 0 || logits >= first.buffers.size() || first.buffers[logits].per_thread ||
@@ -129,6 +134,22 @@ CpuExecutor::CpuExecutor(const ExecutorSpec& spec) : spec_(spec), pool_(pool_siz
         first.buffers[logits].bytes < int64_t{spec_.max_rows} * first.logits_stride * 4) {
         refuse("The logits of " + std::to_string(spec_.max_rows) + " rows do not fit their buffer");
     }
+}
+
+// Whether whatever touches the logits keeps the largest where a step wants no more.
+bool CpuExecutor::can_keep() const {
+    const RankSpec& spec = spec_.ranks.front();
+    bool keeps = false;
+    for (size_t number = 0; number < spec.forward.size(); ++number) {
+        const auto& operands = spec.forward[number].operands;
+        const auto touches_logits = [&](const auto& named) {
+            return named.second.kind == OperandKind::kBuffer && named.second.index == spec.logits_buffer;
+        };
+        if (std::none_of(operands.begin(), operands.end(), touches_logits)) continue;
+        if (!ranks_.front().calls[number].kernel->keeps_largest()) return false;
+        keeps = true;
+    }
+    return keeps;
 }
 
 void CpuExecutor::map_rank(Rank& rank, size_t index) const {
@@ -217,6 +238,10 @@ void CpuExecutor::bind_rank(Rank& rank, size_t index, KernelTable kernels) const
         binding.world_size = static_cast<int32_t>(ranks_.size());
         binding.num_threads = rank.num_threads;
         binding.collectives = collectives_.get();
+        if (index == 0 && spec_.max_rows <= kMostKeptRows) {
+            binding.logits = rank.arena.data() + rank.buffer_offsets[static_cast<size_t>(spec_.ranks[0].logits_buffer)];
+            binding.vocab_size = spec_.vocab_size;
+        }
         for (const auto& [name, operand] : call.operands) binding.operands[name] = bind_operand(rank, index, operand);
         BoundCall bound;
         bound.kernel = find_kernel(kernels, call).make(call, binding);
@@ -304,6 +329,23 @@ float* CpuExecutor::logits(int32_t row) {
     auto* logits =
         reinterpret_cast<float*>(rank.arena.data() + rank.buffer_offsets[static_cast<size_t>(spec.logits_buffer)]);
     return logits + row * spec.logits_stride;
+}
+
+bool CpuExecutor::kept(int32_t row, std::vector<KeptLogit>& largest) const {
+    const Rank& rank = ranks_.front();
+    largest.clear();
+    bool is_finite = true;
+    for (int32_t thread = 0; thread < rank.num_threads; ++thread) {
+        const std::byte* scratch = rank.scratch.data() + kThreadScratchBytes * thread + kKeptOffset;
+        const KeptRow& kept = reinterpret_cast<const KeptRow*>(scratch)[row];
+        is_finite = is_finite && kept.is_finite;
+        // Other calls use the scratch too, and whether the head is run is up to the plan.
+        const int32_t count = std::clamp(kept.count, 0, 2 * kMostKept);
+        std::copy_if(kept.logits, kept.logits + count, std::back_inserter(largest),
+                     [&](const KeptLogit& it) { return it.token >= 0 && it.token < spec_.vocab_size; });
+    }
+    std::sort(largest.begin(), largest.end(), comes_before);
+    return is_finite;
 }
 
 std::map<std::string, int64_t> CpuExecutor::memory() const {

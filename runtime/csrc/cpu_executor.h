@@ -24,6 +24,8 @@ class CpuExecutor : public Executor {
     void launch(const Step& step) override;
     void collect() override {}
     float* logits(int32_t row) override;
+    int32_t most_kept() const override { return keeps_ ? kMostKept : 0; }
+    bool kept(int32_t row, std::vector<KeptLogit>& largest) const override;
     void parallel_for(int32_t count, const std::function<void(int32_t)>& fn) override { pool_.run_each(count, fn); }
     std::map<std::string, int64_t> memory() const override;
 
@@ -55,6 +57,8 @@ class CpuExecutor : public Executor {
     void bind_rank(Rank& rank, size_t index, KernelTable kernels) const;
     BoundOperand bind_operand(const Rank& rank, size_t index, const OperandSpec& operand) const;
     void divide_shared_scratch(Rank& rank) const;
+    void check_logits() const;
+    bool can_keep() const;
     void poison(const Step& step);  // poison.cpp
     void poison_new_blocks(const Step& step, const Rank& rank, size_t group) const;
     void run_thread(const Step& step, int32_t thread);
@@ -62,6 +66,7 @@ class CpuExecutor : public Executor {
     void fail(std::exception_ptr failure);
 
     ExecutorSpec spec_;
+    bool keeps_ = false;  // whether the head can keep the largest logits of a row
     ThreadPool pool_;
     std::unique_ptr<Collectives> collectives_;
     std::vector<Rank> ranks_;

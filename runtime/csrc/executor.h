@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "call.h"
+#include "kept_logits.h"
 #include "launch.h"
 #include "step.h"
 
@@ -118,6 +119,13 @@ class Executor {
     // [vocab_size] f32 of row `row` of the step collected last, if it had no draws. The caller may change them
     // (penalties), until the next launch.
     virtual float* logits(int32_t row) = 0;
+
+    // How many of a row's largest logits a step can ask for instead of all (Step::keep); 0 where it cannot.
+    virtual int32_t most_kept() const { return 0; }
+
+    // Those of row `row` of the step collected last, largest first, of equals the lower token, and some more behind
+    // them. False where a logit of the row is not finite.
+    virtual bool kept(int32_t /*row*/, std::vector<KeptLogit>& /*largest*/) const { return false; }
 
     virtual DrawLimits draw_limits() const { return {}; }
 

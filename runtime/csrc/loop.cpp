@@ -204,7 +204,7 @@ void Loop::run_step() {
     if (chunks_.empty()) return;
     Batch& batch = batches_[in_flight_ == batches_.data() ? 1 : 0];
     const size_t num_ended = ended_.size();
-    batch.build(chunks_, blocks_.block_size(), draws ? &slots_ : nullptr);
+    batch.build(chunks_, blocks_.block_size(), draws ? &slots_ : nullptr, executor_->most_kept(), vocab_size_);
     ++counters_.steps;
     if (!ask_executor([&] { executor_->launch(batch.step()); }, {&batch})) return;
     if (draws) {

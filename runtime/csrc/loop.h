@@ -109,7 +109,7 @@ class Loop {
 
     // What becomes of a step: loop_outcome.cpp.
     void sample_rows(const Batch& batch);
-    void sample_row(const SampleTask& task, SampleResult& result);
+    void sample_row(const SampleTask& task, int32_t num_kept, SampleResult& result);
     void take_draws(const Batch& batch);
     void advance(const Batch* drawing);
     void apply_rows(const Batch& batch);

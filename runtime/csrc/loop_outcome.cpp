@@ -15,25 +15,36 @@ constexpr int64_t kParallelLogits = 1 << 16;
 void Loop::sample_rows(const Batch& batch) {
     const size_t num_rows = batch.tasks().size();
     if (results_.size() < num_rows) results_.resize(num_rows);
-    const auto sample_one = [&](int32_t index) {
-        sample_row(batch.tasks()[static_cast<size_t>(index)], results_[static_cast<size_t>(index)]);
+    const auto num_kept = [&](const SampleTask& task) {
+        return batch.step().keep == nullptr ? 0 : batch.step().keep[task.row];
     };
-    if (num_rows > 1 && static_cast<int64_t>(num_rows) * vocab_size_ >= kParallelLogits) {
+    const auto sample_one = [&](int32_t index) {
+        const SampleTask& task = batch.tasks()[static_cast<size_t>(index)];
+        sample_row(task, num_kept(task), results_[static_cast<size_t>(index)]);
+    };
+    const int64_t num_whole = std::count_if(batch.tasks().begin(), batch.tasks().end(),
+                                            [&](const SampleTask& task) { return num_kept(task) == 0; });
+    if (num_rows > 1 && num_whole * vocab_size_ >= kParallelLogits) {
         executor_->parallel_for(static_cast<int32_t>(num_rows), sample_one);
     } else {
         for (size_t index = 0; index < num_rows; ++index) sample_one(static_cast<int32_t>(index));
     }
 }
 
-void Loop::sample_row(const SampleTask& task, SampleResult& result) {
+// num_kept: of the row's logits; 0: all are there.
+void Loop::sample_row(const SampleTask& task, int32_t num_kept, SampleResult& result) {
     thread_local SamplerScratch scratch;
     const Sequence& sequence = *task.sequence;
+    const SampleInputs inputs{sequence.request, sequence.token_counts, sequence.seed, sequence.num_generated_tokens()};
+    if (num_kept > 0) {
+        if (!executor_->kept(task.row, scratch.largest)) scratch.largest.clear();
+        sample_largest(scratch.largest, inputs, scratch, result);
+        return;
+    }
     const float* logits = executor_->logits(task.row);
     if (task.prompt_token_id >= 0) {
         take_logprobs(logits, vocab_size_, task.prompt_token_id, sequence.request.prompt_logprobs, scratch, result);
     } else {
-        const SampleInputs inputs{sequence.request, sequence.token_counts, sequence.seed,
-                                  sequence.num_generated_tokens()};
         sample(logits, vocab_size_, inputs, scratch, result);
     }
 }

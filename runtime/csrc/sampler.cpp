@@ -23,14 +23,21 @@ double uniform(uint64_t seed, int32_t index) {
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
+bool masks(const Request& request, int32_t num_generated) {
+    return num_generated < request.min_tokens && !request.stop_token_ids.empty();
+}
+
+bool modifies(const Request& request, int32_t num_generated) {
+    return !request.logit_bias.empty() || masks(request, num_generated) || request.has_penalties();
+}
+
 // Bias, masks and penalties, on a copy of the logits. Returns false if the request changes nothing.
 bool modify(const float* logits, int32_t vocab_size, const SampleInputs& inputs, std::vector<float>& row) {
     const Request& request = inputs.request;
-    const bool masks = inputs.num_generated < request.min_tokens && !request.stop_token_ids.empty();
-    if (request.logit_bias.empty() && !masks && !request.has_penalties()) return false;
+    if (!modifies(request, inputs.num_generated)) return false;
     row.assign(logits, logits + vocab_size);
     for (const auto& [token, bias] : request.logit_bias) row[static_cast<size_t>(token)] += bias;
-    if (masks) {
+    if (masks(request, inputs.num_generated)) {
         for (const int32_t token : request.stop_token_ids) {
             if (token < vocab_size) row[static_cast<size_t>(token)] = -INFINITY;
         }
@@ -63,7 +70,41 @@ int32_t draw(const std::vector<float>& weights, const std::vector<int32_t>* cand
     return last;  // rounding may leave the sum a little short of the total
 }
 
+// Draws an index of `row`, whose logits it turns into weights.
+int32_t draw_from(std::vector<float>& row, float peak, const SampleInputs& inputs, FilterScratch& scratch) {
+    const Request& request = inputs.request;
+    const auto size = static_cast<int32_t>(row.size());
+    const float floor = request.min_p > 0.0F ? std::log(request.min_p) : -INFINITY;
+    double total = exp_weights(row.data(), size, peak, 1.0F / request.temperature, floor);
+    const bool filters = request.top_p < 1.0F || (request.top_k > 0 && request.top_k < size);
+    if (filters) total = keep_likeliest(row, total, request.top_k, request.top_p, scratch);
+    return draw(row, filters ? &scratch.candidates : nullptr, total, uniform(inputs.seed, inputs.num_generated));
+}
+
 }  // namespace
+
+int32_t logits_needed(const Request& request, int32_t num_generated, int32_t most, int32_t vocab_size) {
+    if (request.logprobs >= 0 || modifies(request, num_generated)) return 0;
+    const bool greedy = request.temperature < kGreedyBelow;
+    if (!greedy && (request.top_k < 1 || request.top_k >= vocab_size)) return 0;
+    const int32_t wanted = greedy ? 1 : request.top_k + 1;  // one more, as top_k filters where there are more
+    return wanted <= most ? wanted : 0;
+}
+
+void sample_largest(std::vector<KeptLogit>& largest, const SampleInputs& inputs, SamplerScratch& scratch,
+                    SampleResult& result) {
+    result.logprobs.clear();
+    result.fault = largest.empty() ? SampleResult::Fault::kNonFinite : SampleResult::Fault::kNone;
+    if (largest.empty()) return;
+    const float peak = largest.front().logit;
+    result.token_id = largest.front().token;
+    if (inputs.request.temperature < kGreedyBelow) return;
+    largest.resize(std::min(largest.size(), static_cast<size_t>(inputs.request.top_k) + 1));
+    std::sort(largest.begin(), largest.end(), [](auto& a, auto& b) { return a.token < b.token; });
+    scratch.row.clear();
+    for (const KeptLogit& kept : largest) scratch.row.push_back(kept.logit);
+    result.token_id = largest[static_cast<size_t>(draw_from(scratch.row, peak, inputs, scratch.filters))].token;
+}
 
 void take_logprobs(const float* logits, int32_t vocab_size, int32_t token_id, int32_t num_logprobs,
                    SamplerScratch& scratch, SampleResult& result) {
@@ -102,12 +143,7 @@ void sample(const float* logits, int32_t vocab_size, const SampleInputs& inputs,
     result.token_id = peak.token;
     if (request.temperature >= kGreedyBelow) {
         if (!modified) row.assign(logits, logits + vocab_size);
-        const float floor = request.min_p > 0.0F ? std::log(request.min_p) : -INFINITY;
-        double total = exp_weights(row.data(), vocab_size, peak.logit, 1.0F / request.temperature, floor);
-        const bool filters = request.top_p < 1.0F || (request.top_k > 0 && request.top_k < vocab_size);
-        if (filters) total = keep_likeliest(row, total, request.top_k, request.top_p, scratch.filters);
-        result.token_id = draw(row, filters ? &scratch.filters.candidates : nullptr, total,
-                               uniform(inputs.seed, inputs.num_generated));
+        result.token_id = draw_from(row, peak.logit, inputs, scratch.filters);
     }
     if (request.logprobs >= 0) {
         take_logprobs(logits, vocab_size, result.token_id, request.logprobs, scratch, result);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "filters.h"
+#include "kept_logits.h"
 #include "request.h"
 
 namespace enginery {
@@ -22,6 +23,7 @@ struct SampleResult {
 // Scratch memory of one thread.
 struct SamplerScratch {
     std::vector<float> row;
+    std::vector<KeptLogit> largest;
     FilterScratch filters;
 };
 
@@ -36,6 +38,14 @@ struct SampleInputs {
 // Draws the next token. The same inputs give the same token, whatever else is in the step.
 void sample(const float* logits, int32_t vocab_size, const SampleInputs& inputs, SamplerScratch& scratch,
             SampleResult& result);
+
+// How many of the largest logits sample_largest needs, `most` at the most, of a vocabulary; 0 where it takes all.
+int32_t logits_needed(const Request& request, int32_t num_generated, int32_t most, int32_t vocab_size);
+
+// As `sample`, from the logits_needed largest alone, and perhaps more behind them, which are in falling order; it
+// leaves them in another. None are there where a logit is not finite.
+void sample_largest(std::vector<KeptLogit>& largest, const SampleInputs& inputs, SamplerScratch& scratch,
+                    SampleResult& result);
 
 // Logprobs of `token_id`, which is given: of prompts.
 void take_logprobs(const float* logits, int32_t vocab_size, int32_t token_id, int32_t num_logprobs,

@@ -49,8 +49,10 @@ struct Step {
     const int32_t* query_start = nullptr;     // [num_sequences + 1]
     const int32_t* rows = nullptr;            // [num_rows], index of the token
     std::vector<GroupStep> groups;            // in the plan's order
-    const Draw* draws = nullptr;              // [num_rows], or null where the caller wants the logits
-    const Edit* edits = nullptr;              // [num_edits]; only with draws
+    // [num_rows], how many of the row's largest logits are wanted, 0 for all; or null: all of all rows.
+    const int32_t* keep = nullptr;
+    const Draw* draws = nullptr;  // [num_rows], or null where the caller wants the logits
+    const Edit* edits = nullptr;  // [num_edits]; only with draws
     int32_t num_edits = 0;
 };
 
