@@ -35,6 +35,7 @@ from .models import build_graph, read_config
 from .models.config import Config
 from .output_directory import directory_beside, disk_full, publish, require_space, require_vacant
 from .passes import run_passes
+from .passes.layer_precision import parse_layers
 from .passes.options import Options
 from .passes.shard import check_divisible
 from .write import weights_layout, write_weights
@@ -61,6 +62,12 @@ class BuildRequest:
     group_size: int = 0
     zero_points: bool = False
     calibration: Path | None = None
+    layer_precisions: tuple[str, ...] = ()
+
+    def find_precision(self, target: Target) -> Precision:
+        """As `engines.precisions` has it, for what was asked for."""
+        some_int4 = any(text.endswith("=int4") for text in self.layer_precisions)
+        return find_precision(self.precision, target, self.group_size, self.zero_points, some_int4)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,9 @@ class Prepared:
 
 def check_request(request: BuildRequest) -> None:
     """Raises what `prepare` and `build` would for a place that is taken, or a precision that cannot be calibrated."""
-    precision = find_precision(request.precision, find_target(request.target), request.group_size, request.zero_points)
+    target = find_target(request.target)
+    precision = request.find_precision(target)
+    parse_layers(request.layer_precisions, precision, target)
     _require_calibrated(precision)
     if request.output is not None:
         require_vacant(request.output, request.force)
@@ -134,7 +143,8 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     Raises CheckpointError, CompileError or TargetError with all that is wrong.
     """
     target = find_target(request.target)
-    precision = find_precision(request.precision, target, request.group_size, request.zero_points)
+    precision = request.find_precision(target)
+    layers = parse_layers(request.layer_precisions, precision, target)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
     source = find_checkpoint(request.model)
     config = read_config(source.directory)
@@ -156,6 +166,7 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
                 request.tensor_parallel_size,
                 request.batch_invariant,
                 calibration,
+                layers,
             )
             ranks.append(_lower_rank(checkpoint, config, options, request.save_graph))
         yield Prepared(
@@ -261,6 +272,7 @@ def _manifest(prepared: Prepared, files: dict[str, FileEntry]) -> Manifest:
         tensor_parallel_size=request.tensor_parallel_size,
         batch_invariant=prepared.batch_invariant,
         calibration=prepared.calibration.sha256 if prepared.calibration is not None else "",
+        layer_precisions=request.layer_precisions,
         memory={
             "weights": memory.weights,
             "activations": memory.activations,

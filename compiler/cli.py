@@ -46,6 +46,13 @@ if TYPE_CHECKING:
     help=f"Of int4: weights that share a scale. [default: {GROUPS[0]}]",
 )
 @click.option("--zero-points", is_flag=True, help="Of int4: each group has a zero point too; more exact, slower.")
+@click.option(
+    "--layer-precision",
+    "layer_precisions",
+    multiple=True,
+    metavar="PATTERN=int8|int4",
+    help="Of int8 and int4: what some products have instead, as lm_head=int4 or '*.down_proj=int8'. The last counts.",
+)
 @click.option("--max-model-len", type=click.IntRange(1), help="Default context length. [default: the model's own]")
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1, 64), default=1, show_default=True, help="Ranks to shard for."
@@ -78,6 +85,7 @@ def build_engine(
     kv_cache_dtype: str,
     group_size: str | None,
     zero_points: bool,
+    layer_precisions: tuple[str, ...],
     max_model_len: int | None,
     tensor_parallel_size: int,
     batch_invariant: bool,
@@ -121,6 +129,7 @@ def build_engine(
         group_size=int(group_size or 0),
         zero_points=zero_points,
         calibration=calibration,
+        layer_precisions=layer_precisions,
     )
     # From here on there is something to put away.
     signal.signal(signal.SIGINT, signal.default_int_handler)

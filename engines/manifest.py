@@ -57,6 +57,7 @@ class Manifest:
     default_max_model_len  what `build-engine --max-model-len` chose
     batch_invariant        a token's result does not depend, bit for bit, on what else is in its step
     calibration            sha256 of the calibration file, empty without
+    layer_precisions       what `build-engine --layer-precision` said, in its order
     """
 
     model: Model
@@ -69,6 +70,7 @@ class Manifest:
     files: dict[str, FileEntry]
     batch_invariant: bool
     calibration: str = ""
+    layer_precisions: tuple[str, ...] = ()
 
     def of_role(self, role: str, rank: int = -1) -> str | None:
         """Name of the file with this role (and rank), or None."""
@@ -91,6 +93,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "max_model_len": manifest.default_max_model_len,
         "batch_invariant": manifest.batch_invariant,
         "calibration": manifest.calibration,
+        "layer_precisions": list(manifest.layer_precisions),
         "mesh": {
             "tensor_parallel_size": manifest.tensor_parallel_size,
             "ranks": [{"rank": rank, "tp": rank} for rank in range(manifest.tensor_parallel_size)],
@@ -144,6 +147,7 @@ def _decode(top: Fields) -> Manifest:
         "max_model_len",
         "batch_invariant",
         "calibration",
+        "layer_precisions",
         "mesh",
         "memory",
         "files",
@@ -176,6 +180,7 @@ def _decode(top: Fields) -> Manifest:
         files={name: _decode_file(files, name) for name in files.values},
         batch_invariant=top.boolean("batch_invariant"),
         calibration=_read_calibration(top.text("calibration")),
+        layer_precisions=tuple(top.items("layer_precisions", _read_text, most=1024)),
     )
     present = {(file.role, file.rank) for file in manifest.files.values()}
     wanted = [(role, rank) for rank in range(size) for role in ("plan", "weights")]
@@ -217,6 +222,12 @@ def _decode_file(files: Fields, name: str) -> FileEntry:
         chunks=tuple(chunks),
         rank=entry.integer("rank", 0, 1023) if "rank" in entry.values else -1,
     )
+
+
+def _read_text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise EngineFormatError(f"{where}: wanted text, got {describe(value)}.")
+    return value
 
 
 def _read_calibration(text: str) -> str:

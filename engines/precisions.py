@@ -25,6 +25,7 @@ class Precision:
     head          how those of lm_head are, whose errors go straight into the logits
     table         how tables are held that are read row by row (embeddings without a tied head)
     kv_cache      what `--kv-cache-dtype auto` means
+    codes         how weights in four bits are held, as `weight`: of products that are asked for in them
     """
 
     name: str
@@ -33,6 +34,7 @@ class Precision:
     head: str
     table: str
     kv_cache: str
+    codes: str = ""
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -43,24 +45,30 @@ PRECISIONS: dict[str, Precision] = {
     "int4": Precision("int4", "int8", "int4g32", "int8", "bf16", "bf16"),
 }
 
+# How single products can be held where activations are int8.
+WEIGHTS_OF_INT8 = ("int8", "int4")
+
 # As users spell them -> as plans do.
 KV_CACHE_DTYPES: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp8": "fp8", "int8": "i8"}
 
 
-def find_precision(name: str, target: Target, group_size: int = 0, zero_points: bool = False) -> Precision:
+def find_precision(
+    name: str, target: Target, group_size: int = 0, zero_points: bool = False, some_int4: bool = False
+) -> Precision:
     """The precision called `name`. Raises CompileError where the target does not have it.
 
-    group_size, zero_points: of int4 alone; 0 is the precision's own
+    group_size, zero_points: of int4 alone, or where some products are asked for in it; 0 is the precision's own
     """
     if name not in PRECISIONS or not _has_precision(target, name):
         raise _refusal("precision", name, target, [known for known in PRECISIONS if _has_precision(target, known)])
     precision = PRECISIONS[name]
+    codes = f"{'u' if zero_points else ''}int4g{group_size or GROUPS[0]}"
     if name != "int4":
-        if group_size or zero_points:
+        if (group_size or zero_points) and not some_int4:
             option = "--group-size" if group_size else "--zero-points"
             raise CompileError(f"{option} belongs to --precision int4; {name} has one scale for each row.")
-        return precision
-    return replace(precision, weight=f"{'u' if zero_points else ''}int4g{group_size or GROUPS[0]}")
+        return replace(precision, codes=codes) if name in WEIGHTS_OF_INT8 else precision
+    return replace(precision, weight=codes, codes=codes)
 
 
 def find_kv_cache_dtype(name: str, precision: Precision, target: Target) -> str:

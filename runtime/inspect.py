@@ -39,6 +39,7 @@ def inspect_engine(directory: Path) -> dict[str, Any]:
         "tensor_parallel_size": manifest.tensor_parallel_size,
         "batch_invariant": manifest.batch_invariant,
         "calibration": manifest.calibration,
+        "layer_precisions": list(manifest.layer_precisions),
         "versions": dict(VERSIONS),
         "files": {
             name: {"role": entry.role, "size": entry.size, "sha256": entry.sha256}
@@ -161,6 +162,7 @@ def describe_engine(facts: dict[str, Any]) -> str:
         ("context", f"{facts['max_model_len']} tokens (the model's own: {model['max_model_len']})"),
         ("tensor parallel", str(facts["tensor_parallel_size"])),
         ("batch invariant", "yes" if facts["batch_invariant"] else "no"),
+        *[("of some layers", ", ".join(facts["layer_precisions"]))] * bool(facts["layer_precisions"]),
         ("calibrated", f"with {facts['calibration'][:16]}" if facts["calibration"] else "no"),
         ("versions", ", ".join(f"{section} {version}" for section, version in facts["versions"].items())),
         ("size", format_bytes(facts["total_bytes"])),

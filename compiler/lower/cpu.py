@@ -96,7 +96,8 @@ class CpuLowering(Lowering):
     def _Embedding(self, node: ir.Node) -> None:
         table = node.inputs[1]
         assert table is not None
-        name = self.jobs.table(table, attribute(node, "precision"))
+        codes = any(is_ours(user, "Linear") and self._has_codes(user) for user in users(table))
+        name = self.jobs.table(table, attribute(node, "precision"), apart=codes)
         out = self.views[node.outputs[0]] = self._new(node.outputs[0])
         operands = {
             **self._inputs("token_ids"),
@@ -112,6 +113,9 @@ class CpuLowering(Lowering):
         }
         self._call("embedding", operands, attributes)
         self._next_region()
+
+    def _has_codes(self, linear: ir.Node) -> bool:
+        return "int4" in str(attribute(linear, "precision"))
 
     def _RmsNorm(self, node: ir.Node) -> None:
         """A norm with the quantization behind it and, if one product alone reads it, that product."""
@@ -156,8 +160,7 @@ class CpuLowering(Lowering):
             return str(precision), False
         weights = {str(attribute(user, "precision")) for user in users(quantize.outputs[0]) if is_ours(user, "Linear")}
         if weights != {"int8"}:
-            assert "int8" not in weights, f"{quantize.name}: read by products of both kinds"
-            return "i8", True
+            return "i8", True  # which products of int8 read too
         return "u8" if self.options.target.unsigned_activations else "i8", False
 
     def _norm_call(self, norm: ir.Node | None, last: ir.Node, out: View, guard: tuple[Range, ...]) -> None:

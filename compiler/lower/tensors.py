@@ -72,9 +72,9 @@ class TensorJobs:
         """Rows of the logical matrix."""
         return self.jobs[name].tensor.rows
 
-    def matrix(self, value: ir.Value, precision: str, gated: bool = False) -> str:
-        """The packed matrix of a Linear, with the scales and sums of its layout."""
-        weight, name = weight_of(value), value.name or ""
+    def matrix(self, value: ir.Value, precision: str, gated: bool = False, name: str = "") -> str:
+        """The packed matrix of a Linear, with the scales and sums of its layout. name: if not the value's."""
+        weight, name = weight_of(value), name or value.name or ""
         layout = self._layouts.matrix[precision]
         rows = LAYOUTS[layout].gated_rows(weight.num_rows // 2) if gated else weight.num_rows
         sources = tuple(map(str, weight.parts))
@@ -90,11 +90,14 @@ class TensorJobs:
             self._add(Job(Tensor(f"{name}.sum", "sum_i32.v0", rows, 1), None, gated))
         return name
 
-    def table(self, value: ir.Value, precision: str) -> str:
-        """An embedding table: the head's own packed matrix if that is tied to it, else plain rows."""
+    def table(self, value: ir.Value, precision: str, apart: bool = False) -> str:
+        """An embedding table: the head's own packed matrix if that is tied to it, else plain rows.
+
+        apart: the head's is of another precision, so the table is packed beside it
+        """
         tied = any(use.node.op_type == "Linear" for use in value.uses())
         if tied:
-            return self.matrix(value, precision)
+            return self.matrix(value, precision, name=f"{value.name}.table" if apart else "")
         weight, name = weight_of(value), value.name or ""
         tensor = Tensor(
             name, self._layouts.table[precision], weight.num_rows, weight.num_columns, tuple(map(str, weight.parts))

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ..graph.builder import DOMAIN, GraphBuilder, dimensions, make_node
 from ..graph.rewrite import is_ours, users
+from .layer_precision import product_of, require_matches
 from .options import Options
 
 _TYPES = {
@@ -25,26 +26,20 @@ _SCALED = ("int8", "fp8")
 def quantize(g: GraphBuilder, options: Options) -> None:
     """See the module."""
     activation = options.precision.activation
+    require_matches(g, options.layers)
     for node in list(g.graph):
         if is_ours(node, "WriteKv"):
             node.attributes["kv_dtype"] = ir.AttrString("kv_dtype", options.kv_dtype)
         elif is_ours(node, "Linear"):
-            weight = options.precision.head if is_head(g.graph, node) else options.precision.weight
+            weight = product_of(g.graph, node).weight(options)
             node.attributes["precision"] = ir.AttrString("precision", weight)
             if activation != "f32":
                 _quantize_input(g.graph, node, activation)
         elif is_ours(node, "Embedding"):
-            tied = (
-                any(is_ours(user, "Linear") for user in users(node.inputs[1])) if node.inputs[1] is not None else False
-            )
+            tied = [user for user in users(node.inputs[1]) if is_ours(user, "Linear")] if node.inputs[1] else []
+            # Rows cannot be read of codes: the table is then one of its own, of the precision's heads.
             table = options.precision.head if tied else options.precision.table
             node.attributes["precision"] = ir.AttrString("precision", table)
-
-
-def is_head(graph: ir.Graph, linear: ir.Node) -> bool:
-    """Whether its output, gathered from all ranks if there are several, is the logits."""
-    gathered = [user.outputs[0] for user in users(linear.outputs[0]) if is_ours(user, "AllGather")]
-    return any(output in graph.outputs for output in (linear.outputs[0], *gathered))
 
 
 def _quantize_input(graph: ir.Graph, linear: ir.Node, activation: str) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ..checkpoint.weights import Factors, Weight
 from ..graph.builder import GraphBuilder, LazyWeight, attribute, register_weight, weight_of
 from ..graph.rewrite import input_of, is_ours, users
+from .layer_precision import product_of
 from .options import Options
-from .quantize import is_head
 
 if TYPE_CHECKING:
     from ..calibration.file import Calibration
@@ -66,8 +66,7 @@ def _smooth(graph: ir.Graph, node: ir.Node, options: Options, divided: tuple[int
 
 def _group_of(graph: ir.Graph, options: Options, reader: ir.Node) -> int:
     """How many weights of a row share a scale; 0: all."""
-    precision = options.precision.head if is_head(graph, reader) else options.precision.weight
-    return int(precision.partition("g")[2] or 0)
+    return int(product_of(graph, reader).weight(options).partition("g")[2] or 0)
 
 
 def _reads_alone(reader: ir.Node, value: ir.Value) -> bool:
