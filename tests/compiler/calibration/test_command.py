@@ -51,7 +51,7 @@ def test_is_a_command_of_enginery(checkpoint: Path, text: Path, tmp_path: Path) 
     """By an entry point of the installed package: what serves does not know what compiles."""
     enginery = [sys.executable, "-c", "from enginery.runtime.cli import enginery; enginery()"]
     listed = subprocess.run([*enginery, "--help"], capture_output=True, text=True, timeout=60)
-    assert [line.split()[0] for line in listed.stdout.splitlines()[-3:]] == ["calibrate", "inspect", "verify"]
+    assert [line.split()[0] for line in listed.stdout.splitlines()[-3:]] == ["inspect", "layer-errors", "verify"]
     arguments = ["calibrate", checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", "100"]
     made = subprocess.run([*enginery, *map(str, arguments)], capture_output=True, text=True, timeout=60)
     assert made.returncode == 0, made.stderr
