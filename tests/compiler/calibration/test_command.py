@@ -58,7 +58,7 @@ def test_is_a_command_of_enginery(checkpoint: Path, text: Path, tmp_path: Path) 
     assert (tmp_path / "c").exists()
     wrong = subprocess.run([*enginery, "calibrat"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2
-    assert "There are: calibrate, inspect, verify." in wrong.stderr
+    assert "There are: calibrate, inspect, layer-errors, verify." in wrong.stderr
 
 
 def test_what_cannot_be_is_refused_in_one_message(checkpoint: Path, text: Path, tmp_path: Path) -> None:
