@@ -93,7 +93,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "max_model_len": manifest.default_max_model_len,
         "batch_invariant": manifest.batch_invariant,
         "calibration": manifest.calibration,
-        "layer_precisions": list(manifest.layer_precisions),
+        **({"layer_precisions": list(manifest.layer_precisions)} if manifest.layer_precisions else {}),
         "mesh": {
             "tensor_parallel_size": manifest.tensor_parallel_size,
             "ranks": [{"rank": rank, "tp": rank} for rank in range(manifest.tensor_parallel_size)],
@@ -180,7 +180,7 @@ def _decode(top: Fields) -> Manifest:
         files={name: _decode_file(files, name) for name in files.values},
         batch_invariant=top.boolean("batch_invariant"),
         calibration=_read_calibration(top.text("calibration")),
-        layer_precisions=tuple(top.items("layer_precisions", _read_text, most=1024)),
+        layer_precisions=_read_layers(top),
     )
     present = {(file.role, file.rank) for file in manifest.files.values()}
     wanted = [(role, rank) for rank in range(size) for role in ("plan", "weights")]
@@ -222,6 +222,12 @@ def _decode_file(files: Fields, name: str) -> FileEntry:
         chunks=tuple(chunks),
         rank=entry.integer("rank", 0, 1023) if "rank" in entry.values else -1,
     )
+
+
+def _read_layers(top: Fields) -> tuple[str, ...]:
+    """Left out where there are none."""
+    present = "layer_precisions" in top.values
+    return tuple(top.items("layer_precisions", _read_text, most=1024)) if present else ()
 
 
 def _read_text(value: object, where: str) -> str:

@@ -85,7 +85,14 @@ class Core:
         memory                                     bytes by purpose
         sums_by                                    what sums large messages over GPUs: "NCCL 2.27.3", or "kernels" and
                                                    why; "" where nothing does
+        weights_in                                 what settle_weights did, in words; "" before, or where it did nothing
         """
+
+    def settle_weights(self) -> None:
+        """Puts weights where they are read the fastest (csrc/weight_pages.h), while steps go on. Without the GIL."""
+
+    def stop_settling(self) -> None:
+        """Makes settle_weights return soon, whenever it is called."""
 
     def fail(self, reason: str) -> None:
         """Ends every request with an error and refuses new ones, naming the reason."""

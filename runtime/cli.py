@@ -21,7 +21,7 @@ from ..engines.defaults import (
 )
 from ..engines.errors import EngineryError
 from ..engines.sizes import parse_bytes
-from .config import POLICIES, EngineConfig
+from .config import POLICIES, WEIGHT_PAGES, EngineConfig
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _DIRECTORY = click.Path(path_type=Path)
@@ -168,6 +168,13 @@ def _require_host(context: click.Context, param: click.Parameter, value: str) ->
 )
 @click.option("--num-threads", type=_POSITIVE, help="Threads that compute. [default: all cores]")
 @click.option("--verify", is_flag=True, help="Hash the weights before serving, not while.")
+@click.option(
+    "--weight-pages",
+    type=click.Choice(WEIGHT_PAGES),
+    default=EngineConfig.weight_pages,
+    show_default=True,
+    help="On a CPU: serve weights from their file's pages, from a copy in huge pages, or as a timed sample says.",
+)
 @click.option("--tensor-parallel-size", type=_POSITIVE, help="Is baked into the engine; must equal it.")
 @click.option("--kv-cache-dtype", help="Is baked into the engine; must equal it.")
 @click.option(

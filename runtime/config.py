@@ -18,6 +18,7 @@ from ..engines.sizes import parse_bytes
 from ..engines.targets import Target
 
 POLICIES = ("guaranteed_no_evict", "max_utilization")
+WEIGHT_PAGES = ("auto", "mapped", "huge")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class EngineConfig:
     gpus                     of each rank the number of its GPU, as the driver counts them; ranks may share one
     num_threads              of all ranks together
     verify                   hash the weights before serving, not while serving
+    weight_pages             on a CPU: "mapped" serves weights from the pages of their file, "huge" copies them to huge
+                             pages while serving goes on, "auto" does where a sample is read faster there
     tensor_parallel_size, kv_cache_dtype  are baked into the engine; what is given here must equal them
     """
 
@@ -45,6 +48,7 @@ class EngineConfig:
     gpus: tuple[int, ...] | None = None
     num_threads: int | None = None
     verify: bool = False
+    weight_pages: str = "auto"
     tensor_parallel_size: int | None = None
     kv_cache_dtype: str | None = None
 
@@ -62,6 +66,8 @@ class EngineConfig:
         if self.capacity_scheduler_policy not in POLICIES:
             wanted = " or ".join(map(repr, POLICIES))
             reasons.append(f"capacity_scheduler_policy must be {wanted}, got {self.capacity_scheduler_policy!r}")
+        if self.weight_pages not in WEIGHT_PAGES:
+            reasons.append(f"weight_pages must be {' or '.join(map(repr, WEIGHT_PAGES))}, got {self.weight_pages!r}")
         if isinstance(self.kv_cache_memory_bytes, str):
             object.__setattr__(self, "kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
         if not _is_count(self.kv_cache_memory_bytes):

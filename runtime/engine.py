@@ -18,7 +18,7 @@ from .assembly import Assembly
 from .config import EngineConfig
 from .files import EngineFiles, open_engine
 from .histograms import Observations
-from .integrity import BackgroundCheck, verify_weights
+from .integrity import BackgroundWork, verify_weights
 from .loader import CoreSettings, check_target, read_ranks
 from .model import Model, read_model, start_loading_tokenizer
 from .prepare import prepare_core
@@ -56,16 +56,21 @@ class Engine:
         self.tokenizer = tokenizer
         self._core = core
         self._damage: str | None = None
-        self._check: BackgroundCheck | None = None
-        if files is not None and not self.config.verify:
+        self._background: BackgroundWork | None = None
+        if files is not None:
             # Not of this object, which could then never be collected.
             owner = weakref.ref(self)
-            self._check = BackgroundCheck(files, lambda damage: _on_damage(owner, damage))
-        self._pump = Pump(core, self._check.begin if self._check else lambda: None)
+            self._background = BackgroundWork(
+                None if self.config.verify else files,
+                lambda damage: _on_damage(owner, damage),
+                core.settle_weights,
+                core.stop_settling,
+            )
+        self._pump = Pump(core, self._background.begin if self._background else lambda: None)
         self._request_numbers = itertools.count()
         self._process = os.getpid()
         # Also at interpreter exit: the loop's thread must be gone before Python is.
-        self._close = weakref.finalize(self, _close, self._pump, self._check, core, self._process)
+        self._close = weakref.finalize(self, _close, self._pump, self._background, core, self._process)
 
     @staticmethod
     def load(directory: str | os.PathLike[str], **knobs: Any) -> Engine:
@@ -259,13 +264,22 @@ class Engine:
 
     def wait_until_verified(self, timeout_s: float | None = None) -> bool:
         """Waits until the weights are hashed; False if that takes longer. Raises EngineFormatError for damage."""
-        if self._check is not None:
-            self._check.begin()
-            if not self._check.finished.wait(timeout_s):
+        if self._background is not None:
+            self._background.begin()
+            if not self._background.verified.wait(timeout_s):
                 return False
         if self._damage is not None:
             raise EngineFormatError(self._damage)
         return True
+
+    def wait_until_settled(self, timeout_s: float | None = None) -> str | None:
+        """Waits until the weights lie where they stay (EngineConfig.weight_pages); None if that takes longer.
+
+        Says where, or "" if nothing was to be done. It begins when they are hashed.
+        """
+        if self._background is not None and not self._background.settled.wait(timeout_s):
+            return None
+        return str(self._core.stats()["weights_in"])
 
     def close(self) -> None:
         """Aborts what runs and frees everything. A second call does nothing."""
@@ -338,13 +352,13 @@ def _result(tokenizer: Future[Tokenizer]) -> Tokenizer:
     return tokenizer.result()
 
 
-def _close(pump: Pump, check: BackgroundCheck | None, core: Core, process: int) -> None:
+def _close(pump: Pump, background: BackgroundWork | None, core: Core, process: int) -> None:
     if os.getpid() != process:
         # A fork has none of the threads: to wait for them, as the core does at its end, would be for ever.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))
         return
-    if check is not None:
-        check.stop()
+    if background is not None:
+        background.stop()
     pump.close()
 
 

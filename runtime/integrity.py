@@ -53,14 +53,25 @@ def _hashes(path: Path, entry: FileEntry, stop: Callable[[], bool]) -> Iterator[
         raise EngineFormatError(f"{path}: cannot be read: {error}.") from None
 
 
-class BackgroundCheck:
-    """Hashes the weights in a thread of the lowest priority, once the first token is out or `delay_s` has gone by."""
+class BackgroundWork:
+    """What an engine does beside serving, in a thread of the lowest priority, once the first token is out or `delay_s`
+    has gone by: hashes the weights, if `files` are given, and where they are sound calls `settle`, which stop_settling
+    makes return soon.
+    """
 
-    def __init__(self, files: EngineFiles, on_damage: Callable[[str], None], delay_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        files: EngineFiles | None,
+        on_damage: Callable[[str], None],
+        settle: Callable[[], None] = lambda: None,
+        stop_settling: Callable[[], None] = lambda: None,
+        delay_s: float = 2.0,
+    ) -> None:
         self._files, self._on_damage, self._delay_s = files, on_damage, delay_s
+        self._settle, self._stop_settling = settle, stop_settling
         self._begin, self._stopped = threading.Event(), threading.Event()
-        self.finished = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="enginery-integrity", daemon=True)
+        self.verified, self.settled = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="enginery-background", daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
@@ -68,20 +79,26 @@ class BackgroundCheck:
         self._begin.set()
 
     def stop(self) -> None:
-        """Ends the check, finished or not."""
+        """Ends the work, finished or not."""
         self._stopped.set()
+        self._stop_settling()
         self._begin.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
         self._begin.wait(self._delay_s)
-        # On Linux this is of the thread alone: serving must not feel the check.
+        # On Linux this is of the thread alone: serving must not feel it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            damage = find_damage(self._files, self._stopped.is_set)
-        except EngineFormatError as error:
-            damage = str(error)
+        damage = None
+        if self._files is not None:
+            try:
+                damage = find_damage(self._files, self._stopped.is_set)
+            except EngineFormatError as error:
+                damage = str(error)
         if damage and not self._stopped.is_set():
             self._on_damage(damage)
-        self.finished.set()
+        self.verified.set()
+        if not damage and not self._stopped.is_set():
+            self._settle()
+        self.settled.set()

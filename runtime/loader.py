@@ -173,6 +173,7 @@ def step_spec(
         "num_blocks": num_blocks,
         "vocab_size": manifest.model.vocab_size,
         "num_threads": config.num_threads or 0,
+        "weight_pages": config.weight_pages,
         "max_tokens": limits["tokens"],
         "max_rows": limits["rows"],
         "max_sequences": limits["sequences"],

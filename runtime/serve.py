@@ -192,11 +192,16 @@ class _Service:
 
     async def _watch(self, engine: Engine) -> int:
         """Until a signal has come and running requests have ended, or the engine has failed."""
+        told = False
         while not self._stopping.is_set():
             if (failure := engine.failure) is not None:
                 self._state.fail(failure)
                 click.echo(f"The engine stopped serving: {failure}", err=True)
                 return _FLAWED
+            if not told and (weights := engine.wait_until_settled(0)) is not None:
+                told = True
+                if weights:
+                    click.echo(f"Weights: {weights}.")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _POLL_S)
         self._state.drain()

@@ -348,6 +348,14 @@ bool CpuExecutor::kept(int32_t row, std::vector<KeptLogit>& largest) const {
     return is_finite;
 }
 
+std::string CpuExecutor::settle_weights(const std::function<bool()>& stop) {
+    std::vector<MappedFile> files;
+    for (size_t index = 0; index < ranks_.size(); ++index) {
+        files.push_back({spec_.ranks[index].weights_path, &ranks_[index].weights});
+    }
+    return enginery::settle_weights(files, spec_.weight_pages, stop);
+}
+
 std::map<std::string, int64_t> CpuExecutor::memory() const {
     std::map<std::string, int64_t> bytes = {{"weights", 0}, {"activations", 0}, {"state", 0}};
     for (const Rank& rank : ranks_) {

@@ -28,6 +28,7 @@ class CpuExecutor : public Executor {
     bool kept(int32_t row, std::vector<KeptLogit>& largest) const override;
     void parallel_for(int32_t count, const std::function<void(int32_t)>& fn) override { pool_.run_each(count, fn); }
     std::map<std::string, int64_t> memory() const override;
+    std::string settle_weights(const std::function<bool()>& stop) override;
 
   private:
     struct BoundCall {

@@ -13,6 +13,7 @@
 #include "kept_logits.h"
 #include "launch.h"
 #include "step.h"
+#include "weight_pages.h"
 
 namespace enginery {
 
@@ -82,7 +83,8 @@ struct ExecutorSpec {
     int32_t max_tokens = 0;  // of one step
     int32_t max_rows = 0;
     int32_t max_sequences = 0;
-    CudaSpec cuda;  // of a CUDA target
+    WeightPages weight_pages = WeightPages::kAuto;  // of a CPU target
+    CudaSpec cuda;                                  // of a CUDA target
 };
 
 class CudaDevice;
@@ -137,6 +139,10 @@ class Executor {
 
     // Bytes by purpose, for /metrics: "weights", "activations", "state", ...
     virtual std::map<std::string, int64_t> memory() const = 0;
+
+    // Puts weights where they are read the fastest, beside steps, and says what it did; "" where nothing was to be
+    // done.
+    virtual std::string settle_weights(const std::function<bool()>& /*stop*/) { return {}; }
 
     // What sums large messages over ranks; empty where nothing does.
     virtual std::string sums_by() const { return {}; }

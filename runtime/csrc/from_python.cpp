@@ -154,6 +154,11 @@ ExecutorSpec read_executor_spec(nb::handle values) {
     fields.required("max_tokens", spec.max_tokens);
     fields.required("max_rows", spec.max_rows);
     fields.required("max_sequences", spec.max_sequences);
+    std::string pages = "auto";
+    fields.optional("weight_pages", pages);
+    spec.weight_pages = pages == "mapped" ? WeightPages::kMapped
+                        : pages == "huge" ? WeightPages::kHuge
+                                          : WeightPages::kAuto;
     if (const nb::object cuda = fields.take("cuda"); cuda.is_valid()) {
         Fields entry(cuda, "spec.cuda");
         spec.cuda = read_cuda_spec(entry);

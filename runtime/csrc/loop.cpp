@@ -270,6 +270,17 @@ void Loop::collect_in_flight(const Batch* next) {
     if (collected) apply_rows(batch);
 }
 
+void Loop::settle_weights() {
+    std::string told = executor_->settle_weights([this] { return settling_stopped_.load(); });
+    const std::lock_guard lock(weights_mutex_);
+    weights_in_ = std::move(told);
+}
+
+std::string Loop::weights_in() {
+    const std::lock_guard lock(weights_mutex_);
+    return weights_in_;
+}
+
 void Loop::finish_all(FinishReason reason, const std::string& error) {
     Outbox::Writer writer(outbox_);
     std::vector<int64_t> ids;

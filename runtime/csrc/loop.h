@@ -81,6 +81,9 @@ class Loop {
     LoopStats stats();
     std::map<std::string, int64_t> memory() const { return executor_->memory(); }
     std::string sums_by() const { return executor_->sums_by(); }
+    void settle_weights();
+    void stop_settling() { settling_stopped_ = true; }
+    std::string weights_in();
     void fail(const std::string& reason);
     void close();
 
@@ -146,6 +149,10 @@ class Loop {
 
     std::mutex stats_mutex_;
     LoopStats stats_;  // as of the last step
+
+    std::atomic<bool> settling_stopped_{false};
+    std::mutex weights_mutex_;
+    std::string weights_in_;
 
     Outbox outbox_;
     std::mutex close_mutex_;

@@ -20,6 +20,7 @@ constexpr bool kEndsOnPage = true;
 constexpr bool kEndsOnPage = false;
 #endif
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kHugePage = int64_t{2} << 20;
 
 // Closes a descriptor when a scope ends, however it ends.
 struct Descriptor {
@@ -54,10 +55,17 @@ Mapping Mapping::of_file(const std::string& path, int64_t bytes) {
         throw EngineFormatError(path + ": wanted " + std::to_string(bytes) + " bytes, found " +
                                 std::to_string(status.st_size) + ". Copy or build the engine again.");
     }
-    void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ, MAP_PRIVATE, file.number, 0);
-    if (data == MAP_FAILED) throw CapacityError(path + ": cannot be mapped: " + std::strerror(errno) + ".");
-    madvise(data, static_cast<size_t>(bytes), MADV_WILLNEED);
-    return Mapping(data, static_cast<size_t>(bytes), data, bytes);
+    const auto whole_bytes = static_cast<size_t>(bytes + kHugePage);
+    void* whole = mmap(nullptr, whole_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (whole == MAP_FAILED) throw CapacityError(path + ": cannot be mapped: " + std::strerror(errno) + ".");
+    const auto address = (reinterpret_cast<uintptr_t>(whole) + kHugePage - 1) / kHugePage * kHugePage;
+    Mapping mapping(whole, whole_bytes, reinterpret_cast<void*>(address), bytes);
+    if (mmap(mapping.data(), static_cast<size_t>(bytes), PROT_READ, MAP_PRIVATE | MAP_FIXED, file.number, 0) ==
+        MAP_FAILED) {
+        throw CapacityError(path + ": cannot be mapped: " + std::strerror(errno) + ".");
+    }
+    madvise(mapping.data(), static_cast<size_t>(bytes), MADV_WILLNEED);
+    return mapping;
 }
 
 Mapping Mapping::of_zeros(int64_t bytes, const std::string& purpose) {

@@ -21,7 +21,8 @@ class Mapping {
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
 
-    // The whole of a regular file of exactly `bytes`, read-only. Throws EngineFormatError.
+    // The whole of a regular file of exactly `bytes`, read-only, on the boundary of a huge page. Throws
+    // EngineFormatError.
     static Mapping of_file(const std::string& path, int64_t bytes);
     // Zeroed memory on a page's boundary, between two pages that nobody may touch: what reads or writes before it, or a
     // page behind it, faults. Under AddressSanitizer it ends where its last page does instead, but for less than 64

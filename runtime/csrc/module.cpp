@@ -88,6 +88,7 @@ nb::dict stats_of(Loop& loop) {
         stats.internal_error.empty() ? nb::none() : nb::object(nb::str(stats.internal_error.c_str()));
     dict["memory"] = loop.memory();
     dict["sums_by"] = loop.sums_by();
+    dict["weights_in"] = loop.weights_in();
     return dict;
 }
 
@@ -190,6 +191,8 @@ void bind_loop(nb::module_& module) {
         .def("wait", &Loop::wait, nb::arg("timeout_s"), nb::call_guard<nb::gil_scoped_release>())
         .def("step", &Loop::step, nb::call_guard<nb::gil_scoped_release>())
         .def("stats", &stats_of)
+        .def("settle_weights", &Loop::settle_weights, nb::call_guard<nb::gil_scoped_release>())
+        .def("stop_settling", &Loop::stop_settling)
         .def("fail", &Loop::fail, nb::arg("reason"))
         .def("close", &Loop::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -11,7 +11,7 @@ import pytest
 from enginery.engines.errors import EngineFormatError
 from enginery.engines.manifest import FileEntry, Manifest, Model, hash_file
 from enginery.runtime.files import EngineFiles
-from enginery.runtime.integrity import BackgroundCheck, find_damage, verify_weights
+from enginery.runtime.integrity import BackgroundWork, find_damage, verify_weights
 
 CHUNK = 1000
 
@@ -88,9 +88,9 @@ class Damages(list[str]):
 def test_damage_is_told_from_the_background(files: EngineFiles) -> None:
     flip(files.directory / "w1", 1500)
     damages = Damages()
-    check = BackgroundCheck(files, damages, delay_s=1000)
+    check = BackgroundWork(files, damages, delay_s=1000)
     check.begin()
-    assert check.finished.wait(60)
+    assert check.verified.wait(60)
     assert ["w1: chunk 1" in damage for damage in damages] == [True]
     check.stop()
 
@@ -98,32 +98,32 @@ def test_damage_is_told_from_the_background(files: EngineFiles) -> None:
 def test_a_file_that_is_gone_is_told_too(files: EngineFiles) -> None:
     (files.directory / "w0").unlink()
     damages = Damages()
-    check = BackgroundCheck(files, damages, delay_s=0)
-    assert check.finished.wait(60)
+    check = BackgroundWork(files, damages, delay_s=0)
+    assert check.verified.wait(60)
     assert ["cannot be read" in damage for damage in damages] == [True]
 
 
 def test_nobody_hears_of_damage_after_the_stop(files: EngineFiles) -> None:
     flip(files.directory / "w0", 0)
     damages = Damages()
-    check = BackgroundCheck(files, damages, delay_s=1000)
+    check = BackgroundWork(files, damages, delay_s=1000)
     check.stop()
-    assert check.finished.is_set()
+    assert check.verified.is_set()
     assert not damages
 
 
 def test_who_hears_of_damage_may_stop_the_check(files: EngineFiles) -> None:
     flip(files.directory / "w0", 0)
     begun = threading.Event()
-    checks: list[BackgroundCheck] = []
+    checks: list[BackgroundWork] = []
 
     def end(damage: str) -> None:
         begun.wait(60)
         checks[0].stop()
 
-    checks.append(BackgroundCheck(files, end, delay_s=0))
+    checks.append(BackgroundWork(files, end, delay_s=0))
     begun.set()
-    assert checks[0].finished.wait(60)
+    assert checks[0].verified.wait(60)
 
 
 def test_serving_does_not_feel_the_check(files: EngineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,5 +134,5 @@ def test_serving_does_not_feel_the_check(files: EngineFiles, monkeypatch: pytest
         calls.append((which, who == threading.main_thread().native_id, priority))
 
     monkeypatch.setattr(os, "setpriority", setpriority)
-    assert BackgroundCheck(files, Damages(), delay_s=0).finished.wait(60)
+    assert BackgroundWork(files, Damages(), delay_s=0).verified.wait(60)
     assert calls == [(os.PRIO_PROCESS, False, 19)]

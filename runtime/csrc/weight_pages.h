@@ -1,0 +1,27 @@
+// Where weights lie: in the pages of their file, or in huge pages that they are copied to while serving goes on.
+//
+// How fast a mapped file is read depends on how its pages lie in memory, which nobody decides: as fast as huge pages,
+// or three quarters of that. So a sample is read from both, out of memory and not out of a cache, and tells.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "mapping.h"
+
+namespace enginery {
+
+enum class WeightPages : uint8_t { kAuto, kMapped, kHuge };
+
+struct MappedFile {
+    std::string path;
+    Mapping* mapping;
+};
+
+// Settles it for all files together, and says in words what it found and did; "" for less than is worth it. Copying
+// replaces one piece after the other under whoever reads it. May take seconds; ends early once `stop` says so.
+std::string settle_weights(const std::vector<MappedFile>& files, WeightPages wanted, const std::function<bool()>& stop);
+
+}  // namespace enginery
