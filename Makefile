@@ -2,6 +2,8 @@
 # editable. Python files are used where they are; the stamps rebuild the C++ when its sources change.
 MAKEFLAGS += --no-print-directory
 python := .venv/bin/python
+# Most tests use one core.
+pytest := $(python) -m pytest -q -n 2 --dist worksteal
 cpp_sources := $(shell find plugins runtime/csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test test-all check format sanitize bench-cpu clean
@@ -10,13 +12,13 @@ demo: .venv/built  ## builds an engine from the repository's model, serves it an
 	@$(python) examples/demo.py
 
 test: check  ## what CI runs
-	@$(python) -m pytest -q
-	@$(python) -m pytest -q tests/interpreted
+	@$(pytest)
+	@$(pytest) tests/interpreted
 	@$(python) examples/demo.py
 
 test-all: check  ## the heavy tests too, and the sanitizers
-	@$(python) -m pytest -q -m "not gpu"
-	@$(python) -m pytest -q -m "not gpu" tests/interpreted
+	@$(pytest) -m "not gpu"
+	@$(pytest) -m "not gpu" tests/interpreted
 	@$(python) examples/demo.py
 	@ci/sanitize.sh
 	@ci/sanitize.sh thread
