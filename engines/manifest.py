@@ -22,6 +22,7 @@ _ZEROS = bytes(64 << 10)
 # The chunks of 3 TB of weights, and the files of a thousand ranks.
 LARGEST_MANIFEST_BYTES = 4 << 20
 MOST_FILES = 4096
+MOST_LAYER_PRECISIONS, LONGEST_LAYER_PRECISION = 1024, 256
 ROLES = ("plan", "weights", "kernels", "config", "tokenizer", "template", "generation")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -227,12 +228,12 @@ def _decode_file(files: Fields, name: str) -> FileEntry:
 def _read_layers(top: Fields) -> tuple[str, ...]:
     """Left out where there are none."""
     present = "layer_precisions" in top.values
-    return tuple(top.items("layer_precisions", _read_text, most=1024)) if present else ()
+    return tuple(top.items("layer_precisions", _read_text, most=MOST_LAYER_PRECISIONS)) if present else ()
 
 
 def _read_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise EngineFormatError(f"{where}: wanted text, got {describe(value)}.")
+    if not isinstance(value, str) or len(value) > LONGEST_LAYER_PRECISION:
+        raise EngineFormatError(f"{where}: wanted at most {LONGEST_LAYER_PRECISION} characters, got {describe(value)}.")
     return value
 
 

@@ -88,17 +88,23 @@ class BackgroundWork:
 
     def _run(self) -> None:
         self._begin.wait(self._delay_s)
-        # On Linux this is of the thread alone: serving must not feel it.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        damage = None
-        if self._files is not None:
-            try:
-                damage = find_damage(self._files, self._stopped.is_set)
-            except EngineFormatError as error:
-                damage = str(error)
-        if damage and not self._stopped.is_set():
-            self._on_damage(damage)
-        self.verified.set()
-        if not damage and not self._stopped.is_set():
-            self._settle()
-        self.settled.set()
+        try:
+            # On Linux this is of the thread alone: serving must not feel it.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            damage = self._find_damage()
+            if damage and not self._stopped.is_set():
+                self._on_damage(damage)
+            self.verified.set()
+            if not damage and not self._stopped.is_set():
+                self._settle()
+        finally:  # whoever waits must not wait for ever
+            self.verified.set()
+            self.settled.set()
+
+    def _find_damage(self) -> str | None:
+        if self._files is None:
+            return None
+        try:
+            return find_damage(self._files, self._stopped.is_set)
+        except EngineFormatError as error:
+            return str(error)

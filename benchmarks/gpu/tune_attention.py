@@ -108,7 +108,7 @@ def tiles_of(what: str, operator: Attention, arch: int) -> tuple[Tiles, ...]:
         for keys in (32, 64, 128)
         for warps in (4, 8)
         for stages in ((2, 3, 4) if decode else (2, 3))
-        for in_shared in ((False,) if decode else (False, True))
+        for in_shared in ((False, True) if what == "prefill" else (False,))
     ]
     return tuple(dict.fromkeys((usual, *others)))
 

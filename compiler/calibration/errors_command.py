@@ -51,7 +51,8 @@ def layer_errors(
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    advice = [option for each in that_stand_out(found) for option in ("--layer-precision", f"{each.names[0]}=int8")]
+    kept = [name for each in that_stand_out(found) for name in each.names]
+    advice = [option for name in kept for option in ("--layer-precision", f"{name}=int8")]
     if as_json:
         document = {"products": [asdict(each) for each in found], "build_with": advice}
         click.echo(json.dumps(document, indent=1))

@@ -22,7 +22,7 @@ from ..graph.builder import weight_of
 from ..graph.rewrite import input_of
 from ..models import build_graph, read_config
 from ..passes import run_passes
-from ..passes.layer_precision import Product, products
+from ..passes.layer_precision import HEAD, Product, products
 from ..passes.options import Options
 from .file import read_calibration
 
@@ -97,9 +97,10 @@ def count_products(model: str) -> int:
 
 
 def that_stand_out(errors: list[LayerError]) -> list[LayerError]:
-    """Those that int4 costs more than twice the median, the worst first."""
-    median = statistics.median(each.int4 for each in errors)
-    return sorted((each for each in errors if each.int4 > _STANDS_OUT * median), key=lambda each: -each.int4)
+    """Those that int4 costs more than twice the median, the worst first. Not the head, which is in int8 anyhow."""
+    layers = [each for each in errors if each.names != (HEAD,)]
+    median = statistics.median(each.int4 for each in layers or errors)
+    return sorted((each for each in layers if each.int4 > _STANDS_OUT * median), key=lambda each: -each.int4)
 
 
 def _starts(weight: Weight) -> range:

@@ -26,7 +26,7 @@ _SCALED = ("int8", "fp8")
 def quantize(g: GraphBuilder, options: Options) -> None:
     """See the module."""
     activation = options.precision.activation
-    require_matches(g, options.layers)
+    require_matches(g, options)
     for node in list(g.graph):
         if is_ours(node, "WriteKv"):
             node.attributes["kv_dtype"] = ir.AttrString("kv_dtype", options.kv_dtype)

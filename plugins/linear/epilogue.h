@@ -78,7 +78,7 @@ static void keep_row(const Epilogue& e, const Element* sums, int64_t row, int64_
             kept.add({lanes[lane], static_cast<int32_t>(column + lane)}, e.keep[row]);
         }
     }
-    if (lanes_not_less(zeros, zero()) != kAllLanes) kept.is_finite = false;
+    if (lanes_not_less(zeros, zero()) != kAllLanes) kept.is_finite = 0;
 }
 
 // Rows first_row .. first_row + rows - 1 by the panels from `panel` on. sums: [rows][sums_stride], panel p at 16 p.

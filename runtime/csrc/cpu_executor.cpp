@@ -1,6 +1,7 @@
 #include "cpu_executor.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "call_reader.h"
 #include "cpu_features.h"
@@ -331,29 +332,33 @@ float* CpuExecutor::logits(int32_t row) {
     return logits + row * spec.logits_stride;
 }
 
-bool CpuExecutor::kept(int32_t row, std::vector<KeptLogit>& largest) const {
+bool CpuExecutor::kept(int32_t row, int32_t wanted, std::vector<KeptLogit>& largest) const {
     const Rank& rank = ranks_.front();
     largest.clear();
     bool is_finite = true;
     for (int32_t thread = 0; thread < rank.num_threads; ++thread) {
         const std::byte* scratch = rank.scratch.data() + kThreadScratchBytes * thread + kKeptOffset;
         const KeptRow& kept = reinterpret_cast<const KeptRow*>(scratch)[row];
-        is_finite = is_finite && kept.is_finite;
+        is_finite = is_finite && kept.is_finite == 1;
         // Other calls use the scratch too, and whether the head is run is up to the plan.
         const int32_t count = std::clamp(kept.count, 0, 2 * kMostKept);
-        std::copy_if(kept.logits, kept.logits + count, std::back_inserter(largest),
-                     [&](const KeptLogit& it) { return it.token >= 0 && it.token < spec_.vocab_size; });
+        std::copy_if(kept.logits, kept.logits + count, std::back_inserter(largest), [&](const KeptLogit& it) {
+            return it.token >= 0 && it.token < spec_.vocab_size && std::isfinite(it.logit);
+        });
+    }
+    if (static_cast<size_t>(wanted) < largest.size()) {
+        std::nth_element(largest.begin(), largest.begin() + wanted - 1, largest.end(), comes_before);
+        largest.resize(static_cast<size_t>(wanted));
     }
     std::sort(largest.begin(), largest.end(), comes_before);
     return is_finite;
 }
 
 std::string CpuExecutor::settle_weights(const std::function<bool()>& stop) {
-    std::vector<MappedFile> files;
-    for (size_t index = 0; index < ranks_.size(); ++index) {
-        files.push_back({spec_.ranks[index].weights_path, &ranks_[index].weights});
-    }
-    return enginery::settle_weights(files, spec_.weight_pages, stop);
+    std::vector<Mapping*> files;
+    for (Rank& rank : ranks_) files.push_back(&rank.weights);
+    const auto bytes = memory();
+    return enginery::settle_weights(files, spec_.weight_pages, bytes.at("activations") + bytes.at("state"), stop);
 }
 
 std::map<std::string, int64_t> CpuExecutor::memory() const {

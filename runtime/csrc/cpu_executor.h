@@ -25,7 +25,7 @@ class CpuExecutor : public Executor {
     void collect() override {}
     float* logits(int32_t row) override;
     int32_t most_kept() const override { return keeps_ ? kMostKept : 0; }
-    bool kept(int32_t row, std::vector<KeptLogit>& largest) const override;
+    bool kept(int32_t row, int32_t wanted, std::vector<KeptLogit>& largest) const override;
     void parallel_for(int32_t count, const std::function<void(int32_t)>& fn) override { pool_.run_each(count, fn); }
     std::map<std::string, int64_t> memory() const override;
     std::string settle_weights(const std::function<bool()>& stop) override;

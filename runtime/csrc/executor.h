@@ -125,9 +125,9 @@ class Executor {
     // How many of a row's largest logits a step can ask for instead of all (Step::keep); 0 where it cannot.
     virtual int32_t most_kept() const { return 0; }
 
-    // Those of row `row` of the step collected last, largest first, of equals the lower token, and some more behind
-    // them. False where a logit of the row is not finite.
-    virtual bool kept(int32_t /*row*/, std::vector<KeptLogit>& /*largest*/) const { return false; }
+    // Those of row `row` of the step collected last, which wanted so many, largest first, of equals the lower token.
+    // False where a logit of the row is not finite.
+    virtual bool kept(int32_t /*row*/, int32_t /*wanted*/, std::vector<KeptLogit>& /*largest*/) const { return false; }
 
     virtual DrawLimits draw_limits() const { return {}; }
 

@@ -24,13 +24,13 @@ inline constexpr int32_t kMostKept = 65;
 struct alignas(64) KeptRow {
     float least;  // logits below this are not among the largest
     int32_t count;
-    bool is_finite;  // whether all were that it has seen
+    int32_t is_finite;  // 1 if all were that it has seen
     KeptLogit logits[2 * kMostKept];
 
     void begin() {
         least = -std::numeric_limits<float>::infinity();
         count = 0;
-        is_finite = true;
+        is_finite = 1;
     }
 
     // wanted: 1 .. kMostKept. When there are twice as many, the others go.

@@ -22,9 +22,9 @@ void Loop::sample_rows(const Batch& batch) {
         const SampleTask& task = batch.tasks()[static_cast<size_t>(index)];
         sample_row(task, num_kept(task), results_[static_cast<size_t>(index)]);
     };
-    const int64_t num_whole = std::count_if(batch.tasks().begin(), batch.tasks().end(),
-                                            [&](const SampleTask& task) { return num_kept(task) == 0; });
-    if (num_rows > 1 && num_whole * vocab_size_ >= kParallelLogits) {
+    int64_t num_logits = 0;
+    for (const SampleTask& task : batch.tasks()) num_logits += num_kept(task) > 0 ? num_kept(task) : vocab_size_;
+    if (num_rows > 1 && num_logits >= kParallelLogits) {
         executor_->parallel_for(static_cast<int32_t>(num_rows), sample_one);
     } else {
         for (size_t index = 0; index < num_rows; ++index) sample_one(static_cast<int32_t>(index));
@@ -37,7 +37,7 @@ void Loop::sample_row(const SampleTask& task, int32_t num_kept, SampleResult& re
     const Sequence& sequence = *task.sequence;
     const SampleInputs inputs{sequence.request, sequence.token_counts, sequence.seed, sequence.num_generated_tokens()};
     if (num_kept > 0) {
-        if (!executor_->kept(task.row, scratch.largest)) scratch.largest.clear();
+        if (!executor_->kept(task.row, num_kept, scratch.largest)) scratch.largest.clear();
         sample_largest(scratch.largest, inputs, scratch, result);
         return;
     }

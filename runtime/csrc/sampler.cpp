@@ -9,6 +9,10 @@
 namespace enginery {
 namespace {
 
+// Above it different logits have the same weight, of which the lower tokens are kept: of all, not of the largest
+// logits.
+constexpr float kHot = 100.0F;
+
 // The finalizer of SplitMix64 (Steele, Lea, Flood 2014).
 uint64_t mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9U;
@@ -86,7 +90,7 @@ int32_t draw_from(std::vector<float>& row, float peak, const SampleInputs& input
 int32_t logits_needed(const Request& request, int32_t num_generated, int32_t most, int32_t vocab_size) {
     if (request.logprobs >= 0 || modifies(request, num_generated)) return 0;
     const bool greedy = request.temperature < kGreedyBelow;
-    if (!greedy && (request.top_k < 1 || request.top_k >= vocab_size)) return 0;
+    if (!greedy && (request.top_k < 1 || request.top_k >= vocab_size || request.temperature > kHot)) return 0;
     const int32_t wanted = greedy ? 1 : request.top_k + 1;  // one more, as top_k filters where there are more
     return wanted <= most ? wanted : 0;
 }
@@ -99,7 +103,6 @@ void sample_largest(std::vector<KeptLogit>& largest, const SampleInputs& inputs,
     const float peak = largest.front().logit;
     result.token_id = largest.front().token;
     if (inputs.request.temperature < kGreedyBelow) return;
-    largest.resize(std::min(largest.size(), static_cast<size_t>(inputs.request.top_k) + 1));
     std::sort(largest.begin(), largest.end(), [](auto& a, auto& b) { return a.token < b.token; });
     scratch.row.clear();
     for (const KeptLogit& kept : largest) scratch.row.push_back(kept.logit);

@@ -42,8 +42,8 @@ void sample(const float* logits, int32_t vocab_size, const SampleInputs& inputs,
 // How many of the largest logits sample_largest needs, `most` at the most, of a vocabulary; 0 where it takes all.
 int32_t logits_needed(const Request& request, int32_t num_generated, int32_t most, int32_t vocab_size);
 
-// As `sample`, from the logits_needed largest alone, and perhaps more behind them, which are in falling order; it
-// leaves them in another. None are there where a logit is not finite.
+// As `sample`, from the logits_needed largest alone, which are in falling order; it leaves them in another. None are
+// there where a logit is not finite.
 void sample_largest(std::vector<KeptLogit>& largest, const SampleInputs& inputs, SamplerScratch& scratch,
                     SampleResult& result);
 

@@ -1,7 +1,6 @@
 #include "weight_pages.h"
 
 #include <emmintrin.h>
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -28,32 +27,41 @@ int64_t round_up_to(int64_t value, int64_t unit) { return (value + unit - 1) / u
 // Memory in huge pages, as far as there are any, on the boundary of one.
 class HugeMemory {
   public:
-    explicit HugeMemory(int64_t bytes) : whole_bytes_(static_cast<size_t>(bytes + kHugePage)) {
-        void* whole = mmap(nullptr, whole_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    explicit HugeMemory(int64_t bytes) {
+        const int64_t whole_bytes = bytes + kHugePage;
+        void* whole =
+            mmap(nullptr, static_cast<size_t>(whole_bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (whole == MAP_FAILED) return;
-        whole_ = static_cast<std::byte*>(whole);
         const auto address = reinterpret_cast<uintptr_t>(whole);
-        data_ = whole_ + (round_up_to(static_cast<int64_t>(address), kHugePage) - static_cast<int64_t>(address));
-        madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+        const auto before = round_up_to(static_cast<int64_t>(address), kHugePage) - static_cast<int64_t>(address);
+        data_ = static_cast<std::byte*>(whole) + before;
+        bytes_ = static_cast<size_t>(bytes);
+        munmap_if_any(static_cast<std::byte*>(whole), static_cast<size_t>(before));
+        munmap_if_any(data_ + bytes, static_cast<size_t>(kHugePage - before));
+        madvise(data_, bytes_, MADV_HUGEPAGE);
     }
-    ~HugeMemory() {
-        if (whole_ != nullptr) munmap(whole_, whole_bytes_);
-    }
+    ~HugeMemory() { munmap_if_any(data_, bytes_); }
     HugeMemory(const HugeMemory&) = delete;
     HugeMemory& operator=(const HugeMemory&) = delete;
 
     std::byte* data() const { return data_; }  // null where there is no memory
 
-    // Puts the first `bytes` in the place of what is mapped at `place`, for reading.
+    // Puts the first `bytes` in the place of what is mapped at `place`, for reading. Where they were is anybody's then.
     bool move_to(std::byte* place, size_t bytes) {
         if (mprotect(data_, bytes, PROT_READ) != 0) return false;
-        return mremap(data_, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place;
+        if (mremap(data_, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, place) != place) return false;
+        data_ += bytes;
+        bytes_ -= bytes;
+        return true;
     }
 
   private:
-    size_t whole_bytes_;
-    std::byte* whole_ = nullptr;
+    static void munmap_if_any(std::byte* data, size_t bytes) {
+        if (data != nullptr && bytes > 0) munmap(data, bytes);
+    }
+
     std::byte* data_ = nullptr;
+    size_t bytes_ = 0;
 };
 
 using Pieces = std::vector<const std::byte*>;
@@ -106,43 +114,65 @@ Rates measure(const Mapping& mapping, const std::function<bool()>& stop) {
     return rates;
 }
 
-// Replaces the pages of the file piece by piece; the bytes that were.
-int64_t copy_to_huge_pages(const MappedFile& file, const std::function<bool()>& stop) {
-    const int64_t page = sysconf(_SC_PAGESIZE), bytes = file.mapping->bytes();
-    int64_t done = 0;
-    while (done < bytes && !stop()) {
-        const int64_t count = std::min(kPieceBytes, bytes - done);
-        HugeMemory memory(round_up_to(count, kHugePage));
-        if (memory.data() == nullptr) break;
-        std::memcpy(memory.data(), file.mapping->data() + done, static_cast<size_t>(count));
-        if (!memory.move_to(file.mapping->data() + done, static_cast<size_t>(round_up_to(count, page)))) break;
-        done += count;
-    }
-    // The file's own pages are nobody's need now, unless others map them.
-    if (const int descriptor = open(file.path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); descriptor >= 0) {
-        posix_fadvise(descriptor, 0, done, POSIX_FADV_DONTNEED);
-        close(descriptor);
-    }
-    return done;
-}
-
-// "max", or what else is no number, is no limit.
-int64_t read_bytes(const char* path) {
+// A number in a file; what is no number, as "max", or no file, is no limit.
+int64_t read_bytes(const std::string& path) {
     int64_t bytes = INT64_MAX;
     std::ifstream file(path);
     return file >> bytes ? bytes : INT64_MAX;
 }
 
-// Bytes that could be had without anybody's loss: of the machine, and of the control group that a container is.
+// What a control group and those above it leave: `root` with `group`, whose files are called so.
+int64_t left_in_groups(const std::string& root, std::string group, const char* limit, const char* used) {
+    int64_t left = INT64_MAX;
+    while (true) {
+        const std::string directory = root + group + "/";
+        const int64_t most = read_bytes(directory + limit), taken = read_bytes(directory + used);
+        if (most != INT64_MAX && taken != INT64_MAX) left = std::min(left, most - taken);
+        const size_t slash = group.rfind('/');
+        if (slash == std::string::npos || group.empty()) return left;
+        group.resize(slash);
+    }
+}
+
+// Bytes that could be had without anybody's loss: of the machine, and of the control groups that a container is.
 int64_t available_bytes() {
     int64_t kilobytes = 0;
-    std::ifstream file("/proc/meminfo");
-    for (std::string line; std::getline(file, line);) {
+    std::ifstream machine("/proc/meminfo");
+    for (std::string line; std::getline(machine, line);) {
         if (std::sscanf(line.c_str(), "MemAvailable: %ld kB", &kilobytes) == 1) break;
     }
-    const int64_t limit = read_bytes("/sys/fs/cgroup/memory.max"), used = read_bytes("/sys/fs/cgroup/memory.current");
-    const int64_t left = limit == INT64_MAX || used == INT64_MAX ? INT64_MAX : limit - used;
-    return std::min(kilobytes * 1024, left);
+    int64_t left = kilobytes * 1024;
+    std::ifstream groups("/proc/self/cgroup");
+    for (std::string line; std::getline(groups, line);) {
+        const size_t first = line.find(':'), second = line.find(':', first + 1);
+        if (first == std::string::npos || second == std::string::npos) continue;
+        const std::string controllers = line.substr(first + 1, second - first - 1), group = line.substr(second + 1);
+        if (controllers.empty()) {
+            left = std::min(left, left_in_groups("/sys/fs/cgroup", group, "memory.max", "memory.current"));
+        } else if (controllers.find("memory") != std::string::npos) {
+            left = std::min(
+                left, left_in_groups("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes", "memory.usage_in_bytes"));
+        }
+    }
+    return left;
+}
+
+// A copy would lie in one of them.
+bool has_several_memory_nodes() { return access("/sys/devices/system/node/node1", F_OK) == 0; }
+
+// Replaces the pages of the file piece by piece, as long as `needed` bytes beside are there; the bytes that were.
+int64_t copy_to_huge_pages(const Mapping& mapping, int64_t needed, const std::function<bool()>& stop) {
+    const int64_t page = sysconf(_SC_PAGESIZE), bytes = mapping.bytes();
+    int64_t done = 0;
+    while (done < bytes && !stop() && available_bytes() >= needed + kPieceBytes) {
+        const int64_t count = std::min(kPieceBytes, bytes - done);
+        HugeMemory memory(round_up_to(count, kHugePage));
+        if (memory.data() == nullptr) break;
+        std::memcpy(memory.data(), mapping.data() + done, static_cast<size_t>(count));
+        if (!memory.move_to(mapping.data() + done, static_cast<size_t>(round_up_to(count, page)))) break;
+        done += count;
+    }
+    return done;
 }
 
 std::string in_words(const Rates& rates) {
@@ -153,25 +183,26 @@ std::string in_words(const Rates& rates) {
 
 }  // namespace
 
-std::string settle_weights(const std::vector<MappedFile>& files, WeightPages wanted,
+std::string settle_weights(const std::vector<Mapping*>& files, WeightPages wanted, int64_t promised,
                            const std::function<bool()>& stop) {
     if (wanted == WeightPages::kMapped || files.empty()) return "";
     int64_t bytes = 0;
-    for (const MappedFile& file : files) bytes += file.mapping->bytes();
-    const auto largest = std::max_element(files.begin(), files.end(),
-                                          [](auto& a, auto& b) { return a.mapping->bytes() < b.mapping->bytes(); });
+    for (const Mapping* file : files) bytes += file->bytes();
+    const Mapping& largest =
+        **std::max_element(files.begin(), files.end(), [](auto* a, auto* b) { return a->bytes() < b->bytes(); });
+    const std::string left = "left in the pages of their file";
     Rates rates;
     if (wanted == WeightPages::kAuto) {
-        if (largest->mapping->bytes() < kLeastBytes) return "";
-        rates = measure(*largest->mapping, stop);
+        if (largest.bytes() < kLeastBytes) return "";
+        if (has_several_memory_nodes()) return left + ", as a copy would lie in one memory node of several";
+        rates = measure(largest, stop);
         if (stop()) return "";
-        if (rates.huge < kWorthIt * rates.mapped) return "left in the pages of their file" + in_words(rates);
+        if (rates.huge <= 0 || rates.huge < kWorthIt * rates.mapped) return left + in_words(rates);
     }
-    if (available_bytes() < bytes + kReserve) {
-        return "left in the pages of their file, as memory for a copy is missing" + in_words(rates);
-    }
+    const int64_t needed = promised + kReserve;
+    if (available_bytes() < bytes + needed) return left + ", as memory for a copy is missing" + in_words(rates);
     int64_t copied = 0;
-    for (const MappedFile& file : files) copied += copy_to_huge_pages(file, stop);
+    for (const Mapping* file : files) copied += copy_to_huge_pages(*file, needed, stop);
     if (copied == bytes) return "copied to huge pages" + in_words(rates);
     return std::to_string(copied >> 20) + " MiB of them copied to huge pages" + in_words(rates);
 }

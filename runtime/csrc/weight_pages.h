@@ -15,13 +15,10 @@ namespace enginery {
 
 enum class WeightPages : uint8_t { kAuto, kMapped, kHuge };
 
-struct MappedFile {
-    std::string path;
-    Mapping* mapping;
-};
-
-// Settles it for all files together, and says in words what it found and did; "" for less than is worth it. Copying
-// replaces one piece after the other under whoever reads it. May take seconds; ends early once `stop` says so.
-std::string settle_weights(const std::vector<MappedFile>& files, WeightPages wanted, const std::function<bool()>& stop);
+// Settles it for all mapped files together, and says in words what it found and did; "" for less than is worth it.
+// Copying replaces one piece after the other under whoever reads it; it stops where others need the memory. May take
+// seconds; ends early once `stop` says so. promised: bytes that others will touch yet, state and activations.
+std::string settle_weights(const std::vector<Mapping*>& files, WeightPages wanted, int64_t promised,
+                           const std::function<bool()>& stop);
 
 }  // namespace enginery

@@ -50,7 +50,12 @@ def test_modules_of_one_product_have_the_most_exact_precision_of_theirs() -> Non
     (name,) = [name for name in usual if usual[name] != found[name]]
     assert "layers.1." in name
     assert found[name] == "int8_k4n16.v0"
-    assert layouts("*.1.*.k_proj=int4", precision="int8") == layouts(precision="int8")
+    with pytest.raises(CompileError) as refusal:
+        layouts("*.1.*.k_proj=int4", precision="int8")
+    assert "model.layers.1.self_attn.k_proj has int8, not int4: it is one product with q_proj, v_proj" in str(
+        refusal.value
+    )
+    assert found == layouts("*.1.*.[qkv]_proj=int8", precision="int4")
 
 
 def test_a_head_of_codes_leaves_the_embedding_rows_of_eight_bits() -> None:
@@ -78,6 +83,14 @@ def test_everything_wrong_is_told_at_once() -> None:
     assert "'down_proj' matches no product of model.layers.*.self_attn.q_proj" in str(refusal.value)
     assert "'*.wq' matches no product" in str(refusal.value)
     assert "'lm_head' matches" not in str(refusal.value)
+
+
+def test_no_more_than_a_manifest_holds() -> None:
+    with pytest.raises(CompileError, match="1025 are too many; an engine has at most 1024"):
+        layouts(*["lm_head=int8"] * 1025, precision="int4")
+    for text in ("x" * 300 + "=int8", "[!\udc80]*=int8"):
+        with pytest.raises(CompileError, match="wanted at most 256 printable characters"):
+            layouts(text, precision="int4")
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "fp8", "target": "h100"}])

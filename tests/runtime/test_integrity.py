@@ -136,3 +136,17 @@ def test_serving_does_not_feel_the_check(files: EngineFiles, monkeypatch: pytest
     monkeypatch.setattr(os, "setpriority", setpriority)
     assert BackgroundWork(files, Damages(), delay_s=0).verified.wait(60)
     assert calls == [(os.PRIO_PROCESS, False, 19)]
+
+
+def test_nobody_waits_for_ever_for_work_that_broke_down(files: EngineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: told.append(arguments.exc_value))
+
+    def settle() -> None:
+        raise MemoryError
+
+    work = BackgroundWork(files, Damages(), settle, delay_s=0)
+    assert work.settled.wait(60)
+    assert work.verified.is_set()
+    work.stop()
+    assert [type(each) for each in told] == [MemoryError]

@@ -23,6 +23,7 @@ PARAMS = [
     replace(DRAWN, top_k=40, top_p=0.7),
     replace(DRAWN, top_k=40, min_p=0.1),
     replace(DRAWN, top_k=5, temperature=0.01),
+    replace(DRAWN, top_k=20, temperature=1e6),
     replace(DRAWN, top_p=0.9),
     replace(DRAWN, top_k=20, presence_penalty=1.0),
     replace(GREEDY, logit_bias={5: 3.0}),

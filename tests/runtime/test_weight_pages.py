@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +32,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=512,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
         tie_word_embeddings=True,
         eos_token_id=2,
     )
@@ -124,3 +127,41 @@ def test_weights_are_hashed_before(copied_engine: Path) -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(EngineryError, match="weight_pages must be 'auto' or 'mapped' or 'huge', got 'small'"):
         Engine.load("engine", weight_pages="small")
+
+
+def test_what_is_mapped_meanwhile_is_not_touched(large: Path) -> None:
+    """Where a copy was before it is moved is anybody's: here somebody maps and uses memory all the time."""
+    ended, wrong = threading.Event(), []
+
+    def use_memory() -> None:
+        while not ended.is_set():
+            with mmap.mmap(-1, 32 << 20) as memory:
+                memory[:: 1 << 20] = bytes(range(32))
+                time.sleep(0)
+                if memory[:: 1 << 20] != bytes(range(32)):
+                    wrong.append(1)
+
+    users = [threading.Thread(target=use_memory) for _ in range(2)]
+    for user in users:
+        user.start()
+    try:
+        for _ in range(3):
+            with Engine.load(large, weight_pages="huge") as engine:
+                engine.generate([[5]], replace(PARAMS, max_tokens=1))
+                assert engine.wait_until_settled(SETTLED_S) == "copied to huge pages"
+    finally:
+        ended.set()
+        for user in users:
+            user.join()
+    assert not wrong
+
+
+def test_memory_that_is_promised_is_left_to_others(large: Path) -> None:
+    """State of sequences that nobody has touched yet, more than the machine has left beside."""
+    available = next(
+        int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
+    )
+    with Engine.load(large, weight_pages="huge", kv_cache_memory_bytes=available - (200 << 20)) as engine:
+        engine.generate([[5]], replace(PARAMS, max_tokens=1))
+        told = engine.wait_until_settled(SETTLED_S)
+    assert told == "left in the pages of their file, as memory for a copy is missing"
