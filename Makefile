@@ -16,9 +16,10 @@ test: check  ## what CI runs
 	@$(pytest) tests/interpreted
 	@$(python) examples/demo.py
 
-test-all: check  ## the heavy tests too, and the sanitizers
+test-all: check  ## the heavy tests too, those of GPU kernels as far as an interpreter runs them, and the sanitizers
 	@$(pytest) -m "not gpu"
 	@$(pytest) -m "not gpu" tests/interpreted
+	@TRITON_INTERPRET=1 $(pytest) -m gpu tests/gpu/test_kernels_*.py
 	@$(python) examples/demo.py
 	@ci/sanitize.sh
 	@ci/sanitize.sh thread

@@ -143,6 +143,7 @@ def bind_launches(
                 scratch[name] = torch.full((size,), fill, dtype=torch.uint8, device=DEVICE).view(TYPES[kind])
         values = {name: sizes[item] if isinstance(item, str) else item for name, item in case.values.items()}
         known: dict[str, Argument] = {**inputs, **scratch, **values}
+        known |= {name: inputs[source] for name, source in case.inputs.items()}
         bound.append(bind(case.kernel, grid, {name: known[name] for name, _ in case.kernel.parameters}))
     return bound
 
