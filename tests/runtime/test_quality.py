@@ -74,12 +74,14 @@ BOUNDS: dict[str, tuple[dict[str, Any], float, float, float]] = {
     "int8": ({"precision": "int8"}, 0.25, 0.0025, 0.97),
     "int4": ({"precision": "int4"}, 16.0, 0.16, 0.79),
     "int4, zero points": ({"precision": "int4", "zero_points": True}, 9.6, 0.11, 0.83),
+    "int4, the head too": ({"precision": "int4", "layer_precisions": ("lm_head=int4",)}, 16.0, 0.16, 0.79),
     "int4, groups of 128": ({"precision": "int4", "group_size": 128}, 20.0, 0.19, 0.77),
 }
 CALIBRATED: dict[str, tuple[dict[str, Any], float, float, float]] = {
     "int8": ({"precision": "int8"}, 0.25, 0.0025, 0.97),
     "int4": ({"precision": "int4"}, 7.5, 0.08, 0.85),
     "int4, zero points": ({"precision": "int4", "zero_points": True}, 7.5, 0.08, 0.85),
+    "int4, the head too": ({"precision": "int4", "layer_precisions": ("lm_head=int4",)}, 8.0, 0.09, 0.84),
 }
 # With channels of every norm ten to a hundred times as large.
 OUTLIERS: dict[str, tuple[dict[str, Any], float, float, float]] = {
