@@ -113,15 +113,22 @@ def cuda_gpu(number: int = 0) -> dict[str, Any]:
     total_bytes
     """
 
-def run_call(
-    isa: str, call: dict[str, Any], operands: dict[str, NDArray[Any]], step: dict[str, Any], num_threads: int = 1
-) -> None:
-    """Runs one operator's kernel on arrays, in place; for tests and the compiler's checks.
+def nodes_of_cpus(cpus: list[int], root: str = "/sys/devices/system/node") -> list[int]:
+    """The memory nodes that CPUs belong to, in order; none where the system does not say. root: where it says so."""
 
-    isa: exactly that build of the kernels, also "avx512-vnni-bf16". call: the fields of CallSpec (csrc/call.h),
-    "groups" (of StateGroupSpec) and "per_thread", operands of which each thread has a copy in turn. operands: an
-    array for each buffer, weight and state [num_blocks, block_bytes]. step: the arrays of Step (csrc/step.h) under
-    their names.
+def run_calls(
+    isa: str,
+    calls: list[dict[str, Any]],
+    operands: list[dict[str, NDArray[Any]]],
+    step: dict[str, Any],
+    num_threads: int = 1,
+) -> float:
+    """Runs operators' kernels on arrays, in place and one after another; the seconds that it took.
+
+    For tests and measurements. isa: exactly that build of the kernels, also "avx512-vnni-bf16". calls: the fields of
+    CallSpec (csrc/call.h), "groups" (of StateGroupSpec) and "per_thread", operands of which each thread has a copy in
+    turn. operands: of each call, an array for each buffer, weight and state [num_blocks, block_bytes]. step: the
+    arrays of Step (csrc/step.h) under their names.
     Raises EngineFormatError for a call that is not sound, TargetError where the machine lacks the ISA.
     """
 
@@ -130,7 +137,7 @@ def run_forward(
 ) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
     """Runs steps on an executor without a loop: each step's logits [rows, vocab_size], and the executor's memory.
 
-    spec, executor: as for Core. steps: as for run_call. Raises what loading an engine raises.
+    spec, executor: as for Core. steps: as for run_calls. Raises what loading an engine raises.
     """
 
 def sample_row(

@@ -1,11 +1,13 @@
 // linear: out [M, n] = epilogue(a [M, k] x weight [n, k] transposed).
 //
-// Work is cut into items of up to four weight panels by up to 256 rows. Within an item K goes in blocks whose weights
-// stay in the L2 cache while all rows pass them; sums rest in the thread's scratch between blocks. Blocks lie at fixed
-// K, so every sum is made of the same partial sums in the same order however many rows there are. While a block is
-// multiplied, the weights of the next come from memory to the L2 cache: so reading and computing go on together.
+// Work is cut into items of up to four weight panels by up to 256 rows (tuning.h). Within an item K goes in blocks
+// whose weights stay in the L2 cache while all rows pass them; sums rest in the thread's scratch between blocks. Blocks
+// lie at fixed K, so every sum is made of the same partial sums in the same order however many rows there are. While a
+// block is multiplied, the weights of the next come from memory to the L2 cache: so reading and computing go on
+// together.
 #include "plugins/linear/epilogue.h"
 #include "plugins/linear/products.h"
+#include "plugins/linear/variants.h"
 #include "plugins/operators.h"
 #include "plugins/share.h"
 #include "runtime/csrc/call_reader.h"
@@ -22,6 +24,7 @@ struct LinearOperands {
     Domain domain = Domain::kTokens;
     BoundOperand activation_scale, residual, out;
     int64_t panels = 0;
+    Variants variants;
     bool is_head = false;  // its results are the plan's logits
     ProductOperands product;
     Epilogue epilogue;
@@ -37,42 +40,57 @@ class Linear : public Kernel {
 
     void run(const Step& step, const Team& team) override {
         const int64_t rows = domain_size(o_.domain, step);
-        const int group = panels_together(rows, team.num_threads);
-        const int64_t groups = (o_.panels + group - 1) / group;
+        const Division division = divide(rows, team.num_threads);
         const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
-        Shares shares(team, groups * row_blocks);
+        Shares shares(team, division.items * row_blocks);
         const int32_t* keep = o_.is_head ? step.keep : nullptr;
         for (int64_t row = 0; keep != nullptr && row < rows; ++row) kept_rows(team)[row].begin();
         for (int64_t item = shares.next(); item >= 0; item = shares.next()) {
-            const int64_t first_row = item / groups * kRowBlock;
-            run_item(team, keep, first_row, std::min(kRowBlock, rows - first_row), item % groups * group, group);
+            const int64_t first_row = item / division.items * kRowBlock;
+            run_item(team, keep, first_row, std::min(kRowBlock, rows - first_row), item % division.items, division);
         }
     }
 
     bool keeps_largest() const override { return o_.is_head; }
 
   private:
+    struct Division {
+        Variant variant;
+        int64_t items;  // of a block of rows
+    };
+
     static KeptRow* kept_rows(const Team& team) { return reinterpret_cast<KeptRow*>(team.scratch + kKeptOffset); }
 
-    // Panels of one item: the more rows there are, the more of the registers are rows; and no thread stands idle.
-    int panels_together(int64_t rows, int32_t num_threads) const {
-        const bool gated = o_.epilogue.gate != Activation::kNone;
-        int panels = gated ? 2 : 1;
-        for (const int wanted : {2, 3, 4}) {
-            if (gated && wanted == 3) continue;
-            if (Product::suits(wanted, rows) && o_.panels / wanted >= 4 * num_threads) panels = wanted;
+    int unit_panels() const { return o_.epilogue.gate == Activation::kNone ? 1 : 2; }
+    int64_t all_units() const { return o_.panels / unit_panels(); }
+
+    Division divide(int64_t rows, int32_t num_threads) const {
+        const auto suits = [&](const auto& entry) { return rows <= entry.first; };
+        Variant variant = std::find_if(o_.variants.begin(), o_.variants.end(), suits)->second;
+        variant.units = std::min(variant.units, kMostPanels / unit_panels());
+        // No thread stands idle.
+        while (variant.units > 1 && all_units() / variant.units < 4 * num_threads) --variant.units;
+        return {variant, (all_units() + variant.units - 1) / variant.units};
+    }
+
+    // The panels of an item: its units' first ones, then their second ones. None of an item that does not exist.
+    Block block_at(int64_t item, const Division& division, int64_t first_step) const {
+        Block block;
+        const auto& [variant, items] = division;
+        const int64_t first = variant.apart ? item : item * variant.units, distance = variant.apart ? items : 1;
+        const int64_t end = std::min(all_units(), first + distance * variant.units);
+        for (int p = 0; p < unit_panels() && item < items; ++p) {
+            for (int64_t unit = first; unit < end; unit += distance) {
+                block.panels[block.num_panels++] = unit * unit_panels() + p;
+            }
         }
-        return panels;
+        block.first_step = first_step;
+        block.steps = std::min(block_steps_, o_.product.steps - first_step);
+        return block;
     }
 
-    Block block_at(int64_t panel, int panels, int64_t first_step) const {
-        const int64_t left = std::max<int64_t>(0, o_.panels - panel);
-        return {panel, first_step, std::min(block_steps_, o_.product.steps - first_step),
-                static_cast<int>(std::min<int64_t>(panels, left))};
-    }
-
-    void run_item(const Team& team, const int32_t* keep, int64_t first_row, int64_t rows, int64_t panel,
-                  int panels) const {
+    void run_item(const Team& team, const int32_t* keep, int64_t first_row, int64_t rows, int64_t item,
+                  const Division& division) const {
         Epilogue epilogue = o_.epilogue;
         epilogue.keep = keep;
         epilogue.kept = kept_rows(team);
@@ -83,20 +101,34 @@ class Linear : public Kernel {
         const Product product(o_.product, team);
         const bool one_block = block_steps_ >= o_.product.steps;
         for (int64_t first_step = 0; first_step < o_.product.steps; first_step += block_steps_) {
-            const Block block = block_at(panel, panels, first_step);
+            const Block block = block_at(item, division, first_step);
             const bool last = first_step + block_steps_ >= o_.product.steps;
-            const Block next =
-                last ? block_at(panel + panels, panels, 0) : block_at(panel, panels, first_step + block_steps_);
+            Block next;
+            if (division.variant.ahead) {
+                next = last ? block_at(item + 1, division, 0) : block_at(item, division, first_step + block_steps_);
+            }
+            const int units = block.num_panels / unit_panels();
+            // A lone unit's panels are multiplied together, those of several in two passes.
+            const int panels = division.variant.units == 1 ? block.num_panels : units;
+            const int passes = block.num_panels / panels;
             int64_t row = first_row;
-            RowTiles tiles(rows, Product::most_rows(block.panels));
+            RowTiles tiles(rows, Product::most_rows(panels));
             const int64_t count = tiles.left();
             while (tiles.left() > 0) {
                 const int64_t index = count - tiles.left();
-                const RowTile tile = {row, tiles.next(), index, count};
+                Tile tile = {row, tiles.next(), 0, count * passes, 0, panels};
                 // Sums that are complete at once stay in the L1 cache.
                 auto* out = sums + (one_block ? 0 : (row - first_row) * kSumsStride);
-                product.multiply(block, tile, next, out, kSumsStride, first_step > 0);
-                if (last) finish_tile(epilogue, out, kSumsStride, row, tile.rows, panel, block.panels);
+                for (int pass = 0; pass < passes; ++pass) {
+                    tile.index = index * passes + pass;
+                    tile.first_panel = pass * panels;
+                    product.multiply(block, tile, next, out + tile.first_panel * kPanelLanes, kSumsStride,
+                                     first_step > 0);
+                }
+                for (int u = 0; last && u < units; ++u) {
+                    finish_tile(epilogue, out + u * kPanelLanes, out + (units + u) * kPanelLanes, kSumsStride, row,
+                                tile.rows, block.panels[u]);
+                }
                 row += tile.rows;
             }
         }
@@ -113,6 +145,12 @@ Activation read_activation(CallReader& reader) {
 }
 
 const float* floats(const BoundOperand& operand) { return reinterpret_cast<const float*>(operand.data); }
+
+// For tests and measurements: plans leave it to the table.
+Variant read_variant(CallReader& reader) {
+    const auto units = static_cast<int>(reader.integer("units", 1, kMostPanels));
+    return {units, reader.integer("apart", 0, 1) == 1, reader.integer("ahead", 0, 1) == 1};
+}
 
 // A weight of one element type.
 void read_panels(CallReader& reader, LinearOperands& o, const std::string& type, int64_t weight_rows) {
@@ -181,7 +219,9 @@ std::unique_ptr<Kernel> make_linear(const CallSpec& call, const Binding& binding
         o.domain == Domain::kRows && o.out.data == binding.logits && n == binding.vocab_size && !gated && !o.residual;
     const int64_t group = type == "i8" ? read_codes(reader, o, weight_rows, most) : 0;
     if (group == 0) read_panels(reader, o, type, weight_rows);
+    if (reader.has_attribute("units")) o.variants = {{kAnyNumber, read_variant(reader)}};
     reader.finish();
+    if (o.variants.empty()) o.variants = find_variants(call.operands.at("weight").layout, row_stride(k), o.panels);
 
     if (group > 0 && o.product.zeros != nullptr) return std::make_unique<Linear<GroupProduct<true>>>(o);
     if (group > 0) return std::make_unique<Linear<GroupProduct<false>>>(o);

@@ -53,13 +53,13 @@ ENGINERY_INLINE VecF finish_sums(const RowFactors& f, const int32_t* sums, VecF 
     return to_float(load(sums) - f.sum) * scale * f.scale + f.bias;
 }
 
-// One row's columns of the panels from `panel` on, of a head: the largest go to what is kept.
+// One row's columns of a panel of a head: the largest go to what is kept.
 template <class Element>
-static void keep_row(const Epilogue& e, const Element* sums, int64_t row, int64_t panel, int panels) {
+static void keep_row(const Epilogue& e, const Element* sums, int64_t row, int64_t panel) {
     KeptRow& kept = e.kept[row];
     const VecF scale = set1(e.activation_scale == nullptr ? 1.0f : e.activation_scale[row]);
     VecF zeros = zero();  // not so where an element is not finite
-    for (int v = 0; v < panels * kPanelVecs; ++v) {
+    for (int v = 0; v < kPanelVecs; ++v) {
         const int64_t column = panel * kPanelLanes + v * kLanes;
         if (column >= e.columns) break;
         VecF x = finish_sums(load_factors(e, column), sums + v * kLanes, scale);
@@ -81,45 +81,43 @@ static void keep_row(const Epilogue& e, const Element* sums, int64_t row, int64_
     if (lanes_not_less(zeros, zero()) != kAllLanes) kept.is_finite = 0;
 }
 
-// Rows first_row .. first_row + rows - 1 by the panels from `panel` on. sums: [rows][sums_stride], panel p at 16 p.
+// Rows first_row .. first_row + rows - 1 of 16 columns of out, from the sums [rows][sums_stride] of their panel; where
+// it is one of gates, ups are the sums of the panel after it.
 template <class Element>
-static void finish_tile(const Epilogue& e, const Element* sums, int64_t sums_stride, int64_t first_row, int64_t rows,
-                        int64_t panel, int panels) {
+static void finish_tile(const Epilogue& e, const Element* sums, const Element* ups, int64_t sums_stride,
+                        int64_t first_row, int64_t rows, int64_t panel) {
     if (e.keep != nullptr) {
         Epilogue whole = e;  // of rows that are written
         whole.keep = nullptr;
         for (int64_t r = 0; r < rows; ++r) {
             const Element* from = sums + r * sums_stride;
             if (e.keep[first_row + r] > 0) {
-                keep_row(e, from, first_row + r, panel, panels);
+                keep_row(e, from, first_row + r, panel);
             } else {
-                finish_tile(whole, from, sums_stride, first_row + r, 1, panel, panels);
+                finish_tile(whole, from, ups, sums_stride, first_row + r, 1, panel);
             }
         }
         return;
     }
     const bool gated = e.gate != Activation::kNone;
-    const int outputs = gated ? panels / 2 : panels;
     const int64_t first_column = (gated ? panel / 2 : panel) * kPanelLanes;
-    for (int v = 0; v < outputs * kPanelVecs; ++v) {
+    for (int v = 0; v < kPanelVecs; ++v) {
         const int64_t column = first_column + v * kLanes;
         if (column >= e.columns) break;
-        const int source = (gated ? 2 : 1) * (v / kPanelVecs) * kPanelLanes + v % kPanelVecs * kLanes;
         const int count = lanes_left(e.columns, column);
-        const RowFactors factors = load_factors(e, panel * kPanelLanes + source);
-        const RowFactors up = gated ? load_factors(e, panel * kPanelLanes + source + kPanelLanes) : factors;
+        const RowFactors factors = load_factors(e, panel * kPanelLanes + v * kLanes);
+        const RowFactors up = gated ? load_factors(e, (panel + 1) * kPanelLanes + v * kLanes) : factors;
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = first_row + r;
             const VecF scale = set1(e.activation_scale == nullptr ? 1.0f : e.activation_scale[row]);
-            const Element* from = sums + r * sums_stride + source;
-            VecF x = finish_sums(factors, from, scale);
-            if (gated) x = activate(e.gate, x) * finish_sums(up, from + kPanelLanes, scale);
+            VecF x = finish_sums(factors, sums + r * sums_stride + v * kLanes, scale);
+            if (gated) x = activate(e.gate, x) * finish_sums(up, ups + r * sums_stride + v * kLanes, scale);
             if (e.softcap > 0.0f) x = set1(e.softcap) * tanh(x / set1(e.softcap));
             if (e.residual != nullptr) x = x + load_part(e.residual + row * e.stride + column, count);
             store_part(e.out + row * e.stride + column, x, count);
         }
     }
-    if (first_column + outputs * kPanelLanes >= e.columns) {
+    if (first_column + kPanelLanes >= e.columns) {
         for (int64_t r = 0; r < rows; ++r) zero_padding(e.out + (first_row + r) * e.stride, e.columns);
     }
 }

@@ -21,26 +21,24 @@ struct ProductOperands {
 
 // Steps of some panels of a weight.
 struct Block {
-    int64_t panel, first_step, steps;
-    int panels;
+    int64_t panels[kMostPanels];
+    int num_panels = 0;
+    int64_t first_step = 0, steps = 0;
 };
 
-// Rows that are multiplied together: tile `index` of `count`.
-struct RowTile {
+// Rows that are multiplied together, by panels first_panel .. first_panel + panels - 1 of a block: the block's tile
+// `index` of `count`.
+struct Tile {
     int64_t first_row, rows, index, count;
+    int first_panel, panels;
 };
-
-// So few rows are multiplied as fast as their weights come: then many streams at once, which the processor itself
-// prefetches, read the most from memory. Above, they slow each other down, and two panels are enough.
-inline constexpr int64_t kFewRows = 2;
 
 // Tiles share the work of bringing the panels of the next block near.
 inline int panels_ahead(const std::byte** ahead, const std::byte* weight, int64_t all_steps, const Block& next,
-                        const RowTile& tile) {
+                        const Tile& tile) {
     int count = 0;
-    if (tile.count == 1 && tile.rows <= kFewRows) return count;
-    for (int64_t p = tile.index; p < next.panels; p += tile.count) {
-        ahead[count++] = weight + ((next.panel + p) * all_steps + next.first_step) * kPanelStep;
+    for (int64_t p = tile.index; p < next.num_panels; p += tile.count) {
+        ahead[count++] = weight + (next.panels[p] * all_steps + next.first_step) * kPanelStep;
     }
     return count;
 }
@@ -56,17 +54,14 @@ class PanelProduct {
         : o_(operands), activations_(o_.activations.at<const std::byte>(team)) {}
 
     static int64_t most_rows(int panels) { return enginery::ENGINERY_ISA::most_rows<Dot>(panels); }
-    static bool suits(int panels, int64_t rows) {
-        return rows <= kFewRows ? panels * rows <= Dot::kTiles
-                                : panels <= 2 && most_rows(panels) >= std::min<int64_t>(rows, 8);
-    }
 
-    // out [rows][stride], panel p at 16 p: what the block gives, added to what is there if `add`.
-    void multiply(const Block& block, const RowTile& tile, const Block& next, Element* out, int64_t stride,
+    // out [rows][stride], the tile's panel p at 16 p: what the block gives, added to what is there if `add`.
+    void multiply(const Block& block, const Tile& tile, const Block& next, Element* out, int64_t stride,
                   bool add) const {
         Segment segment;
-        for (int p = 0; p < block.panels; ++p) {
-            segment.panels[p] = o_.weight + ((block.panel + p) * o_.steps + block.first_step) * kPanelStep;
+        for (int p = 0; p < tile.panels; ++p) {
+            const int64_t panel = block.panels[tile.first_panel + p];
+            segment.panels[p] = o_.weight + (panel * o_.steps + block.first_step) * kPanelStep;
         }
         segment.steps = block.steps;
         TileArguments t;
@@ -78,7 +73,7 @@ class PanelProduct {
         t.out = out;
         t.out_stride = stride;
         t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
-        const auto panels = static_cast<size_t>(block.panels), rows = static_cast<size_t>(tile.rows);
+        const auto panels = static_cast<size_t>(tile.panels), rows = static_cast<size_t>(tile.rows);
         (add ? kTiles<Dot, Finish::kAdd> : kTiles<Dot, Finish::kStore>)[panels][rows](t);
     }
 
@@ -100,16 +95,12 @@ class GroupProduct {
           sums_(o_.activation_sums.at<const int32_t>(team)) {}
 
     static int64_t most_rows(int panels) { return most_group_rows(panels); }
-    static bool suits(int panels, int64_t rows) {
-        return panels <= (rows <= kFewRows ? 4 : 2) && panels * std::min<int64_t>(rows, 6) <= kGroupTiles;
-    }
 
-    void multiply(const Block& block, const RowTile& tile, const Block& next, float* out, int64_t stride,
-                  bool add) const {
+    void multiply(const Block& block, const Tile& tile, const Block& next, float* out, int64_t stride, bool add) const {
         const int64_t groups = (o_.steps + o_.group_steps - 1) / o_.group_steps;
         GroupArguments t;
-        for (int p = 0; p < block.panels; ++p) {
-            const int64_t panel = block.panel + p;
+        for (int p = 0; p < tile.panels; ++p) {
+            const int64_t panel = block.panels[tile.first_panel + p];
             const int64_t place = (panel * groups + block.first_step / o_.group_steps) * kPanelLanes;
             t.codes[p] = o_.weight + (panel * o_.steps + block.first_step) * kPanelStep;
             t.scales[p] = o_.scales + place;
@@ -126,16 +117,16 @@ class GroupProduct {
         t.add = add;
         t.num_ahead = panels_ahead(t.ahead, o_.weight, o_.steps, next, tile);
         if (t.num_ahead > 0) prefetch_scales(next, tile, groups);
-        kGroupFunctions<zero_points>[static_cast<size_t>(block.panels)][static_cast<size_t>(tile.rows)](t);
+        kGroupFunctions<zero_points>[static_cast<size_t>(tile.panels)][static_cast<size_t>(tile.rows)](t);
     }
 
   private:
     // Scales are an eighth of the bytes or less, and come all at once.
-    void prefetch_scales(const Block& next, const RowTile& tile, int64_t groups) const {
+    void prefetch_scales(const Block& next, const Tile& tile, int64_t groups) const {
         const int64_t first = next.first_step / o_.group_steps,
                       count = (next.steps + o_.group_steps - 1) / o_.group_steps;
-        for (int64_t p = tile.index; p < next.panels; p += tile.count) {
-            const uint16_t* scales = o_.scales + ((next.panel + p) * groups + first) * kPanelLanes;
+        for (int64_t p = tile.index; p < next.num_panels; p += tile.count) {
+            const uint16_t* scales = o_.scales + (next.panels[p] * groups + first) * kPanelLanes;
             for (int64_t i = 0; i < count; i += 2) {
                 prefetch(reinterpret_cast<const std::byte*>(scales + i * kPanelLanes));
             }

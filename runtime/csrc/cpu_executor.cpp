@@ -6,6 +6,7 @@
 #include "call_reader.h"
 #include "cpu_features.h"
 #include "errors.h"
+#include "memory_nodes.h"
 #include "poison.h"
 
 namespace enginery {
@@ -121,6 +122,7 @@ CpuExecutor::CpuExecutor(const ExecutorSpec& spec) : spec_(spec), pool_(pool_siz
         rank.barrier = std::make_unique<Barrier>(rank.num_threads, should_spin(pool_.num_threads()),
                                                  "Rank " + std::to_string(index));
         map_rank(rank, index);
+        place_rank(rank);
         bind_rank(rank, index, kernels);
         divide_shared_scratch(rank);
     }
@@ -185,6 +187,19 @@ void CpuExecutor::map_rank(Rank& rank, size_t index) const {
         if (blocks > INT64_MAX / 2 / block_bytes) throw CapacityError("No memory for the state of sequences.");
         rank.state.push_back(Mapping::of_zeros(block_bytes * blocks, "the state of sequences"));
     }
+}
+
+// Puts what the rank writes where its threads are. Its weights' file lies where it was read; a copy does as they do.
+void CpuExecutor::place_rank(Rank& rank) const {
+    std::vector<int> cpus = available_cpus();
+    if (should_spin(pool_.num_threads())) {
+        cpus = {cpus.begin() + rank.first_thread, cpus.begin() + rank.first_thread + rank.num_threads};
+    }
+    rank.nodes = nodes_of_cpus(cpus);
+    for (const Mapping* memory : {&rank.arena, &rank.thread_buffers, &rank.scratch}) {
+        place_on_nodes(memory->data(), memory->bytes(), rank.nodes);
+    }
+    for (const Mapping& state : rank.state) place_on_nodes(state.data(), state.bytes(), rank.nodes);
 }
 
 BoundOperand CpuExecutor::bind_operand(const Rank& rank, size_t index, const OperandSpec& operand) const {
@@ -355,8 +370,8 @@ bool CpuExecutor::kept(int32_t row, int32_t wanted, std::vector<KeptLogit>& larg
 }
 
 std::string CpuExecutor::settle_weights(const std::function<bool()>& stop) {
-    std::vector<Mapping*> files;
-    for (Rank& rank : ranks_) files.push_back(&rank.weights);
+    std::vector<WeightFile> files;
+    for (Rank& rank : ranks_) files.push_back({&rank.weights, rank.nodes});
     const auto bytes = memory();
     return enginery::settle_weights(files, spec_.weight_pages, bytes.at("activations") + bytes.at("state"), stop);
 }

@@ -43,6 +43,7 @@ class CpuExecutor : public Executor {
     struct Rank {
         int32_t first_thread = 0;
         int32_t num_threads = 0;
+        std::vector<int> nodes;  // of its threads' CPUs
         Mapping weights;
         Mapping arena;           // buffers that all threads share
         Mapping thread_buffers;  // num_threads copies of the others, thread_buffer_bytes apart
@@ -55,6 +56,7 @@ class CpuExecutor : public Executor {
     };
 
     void map_rank(Rank& rank, size_t index) const;
+    void place_rank(Rank& rank) const;
     void bind_rank(Rank& rank, size_t index, KernelTable kernels) const;
     BoundOperand bind_operand(const Rank& rank, size_t index, const OperandSpec& operand) const;
     void divide_shared_scratch(Rank& rank) const;

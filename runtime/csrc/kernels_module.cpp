@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <chrono>
 
 #include "call_reader.h"
 #include "collectives.h"
@@ -12,6 +13,7 @@
 #include "executors.h"
 #include "from_python.h"
 #include "mapping.h"
+#include "memory_nodes.h"
 #include "thread_pool.h"
 
 namespace enginery {
@@ -121,13 +123,27 @@ void check_group(const Step& step, size_t index, const StateGroupSpec& group, in
     for (int64_t i = 0; i < entries; ++i) require(at.block_table[i] < num_blocks, "a block is beyond the state");
 }
 
-// A call outside of a plan: beside its own fields, the state groups and the operands that every thread has a copy of.
+KernelFactory find_factory(const std::string& isa, const CallSpec& call) {
+    for (const KernelEntry& entry : find_kernels(isa)) {
+        if (call.op == entry.op && call.version == entry.version) return entry.make;
+    }
+    throw EngineFormatError("This runtime has no CPU operator '" + call.op + "' in version " +
+                            std::to_string(call.version) + ".");
+}
+
+// A call outside of a plan, bound to arrays: beside its own fields it has the state groups and the operands that every
+// thread has a copy of.
 struct LoneCall {
     CallSpec call;
     std::vector<StateGroupSpec> groups;
     std::vector<std::string> per_thread;
+    std::vector<int32_t> num_blocks;
+    std::vector<AnyArray> kept;
+    std::unique_ptr<Kernel> kernel;
+    std::atomic<int64_t> counter{0};
 
-    LoneCall(const nb::dict& from, const Step& step) {
+    LoneCall(const std::string& isa, const nb::dict& from, const nb::dict& arrays, const Step& step,
+             int32_t num_threads, Collectives& collectives) {
         Fields fields(from, "call");
         if (const nb::object list = fields.take("groups"); list.is_valid()) {
             for (const nb::handle group : list) groups.push_back(read_group(Fields(group, "call.groups")));
@@ -140,45 +156,26 @@ struct LoneCall {
         if (!from.contains("max_sequences")) call.max_sequences = step.num_sequences;
         require(call.max_tokens >= step.num_tokens && call.max_rows >= step.num_rows,
                 "the step is larger than the call's");
+        num_blocks.resize(groups.size());
+        Binding binding;
+        binding.num_threads = num_threads;
+        binding.collectives = &collectives;
+        for (const auto [key, value] : arrays) bind(nb::cast<std::string>(key), value, step, binding);
+        binding.groups = groups;
+        binding.num_blocks = num_blocks;
+        kernel = find_factory(isa, call)(call, binding);
     }
 
-    bool is_per_thread(const std::string& name) const {
-        return std::find(per_thread.begin(), per_thread.end(), name) != per_thread.end();
-    }
-};
-
-KernelFactory find_factory(const std::string& isa, const CallSpec& call) {
-    for (const KernelEntry& entry : find_kernels(isa)) {
-        if (call.op == entry.op && call.version == entry.version) return entry.make;
-    }
-    throw EngineFormatError("This runtime has no CPU operator '" + call.op + "' in version " +
-                            std::to_string(call.version) + ".");
-}
-
-void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dict& arrays, const nb::dict& step_fields,
-              int32_t num_threads) {
-    require(num_threads >= 1 && num_threads <= 256, "num_threads is from 1 to 256");
-    const StepArrays step_arrays = read_step(step_fields);
-    const Step& step = step_arrays.step;
-    LoneCall lone(call_fields, step);
-    CallSpec& call = lone.call;
-    const std::vector<StateGroupSpec>& groups = lone.groups;
-    std::vector<int32_t> num_blocks(groups.size(), 0);
-    std::vector<AnyArray> kept;
-    Collectives collectives({num_threads}, should_spin(num_threads));
-    Binding binding;
-    binding.num_threads = num_threads;
-    binding.collectives = &collectives;
-    for (const auto [key, value] : arrays) {
-        const auto name = nb::cast<std::string>(key);
+  private:
+    void bind(const std::string& name, const nb::handle& value, const Step& step, Binding& binding) {
         const auto found = call.operands.find(name);
         require(found != call.operands.end(), ("there is an array but no operand " + name).c_str());
         OperandSpec& operand = found->second;
         const AnyArray& array = kept.emplace_back(nb::cast<AnyArray>(value));
         BoundOperand bound{static_cast<std::byte*>(array.data()), 0};
         operand.bytes = static_cast<int64_t>(array.nbytes());
-        if (lone.is_per_thread(name)) {
-            operand.bytes = operand.bytes / num_threads / 4 * 4;
+        if (std::find(per_thread.begin(), per_thread.end(), name) != per_thread.end()) {
+            operand.bytes = operand.bytes / binding.num_threads / 4 * 4;
             bound.thread_stride = operand.bytes;
         }
         const auto index = static_cast<size_t>(operand.index);
@@ -188,12 +185,24 @@ void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dic
         }
         binding.operands[name] = bound;
     }
-    binding.groups = groups;
-    binding.num_blocks = num_blocks;
-    const std::unique_ptr<Kernel> kernel = find_factory(isa, call)(call, binding);
+};
+
+double run_calls(const std::string& isa, const nb::list& calls, const nb::list& arrays, const nb::dict& step_fields,
+                 int32_t num_threads) {
+    require(num_threads >= 1 && num_threads <= 256, "num_threads is from 1 to 256");
+    require(calls.size() == arrays.size(), "calls and operands differ in number");
+    const StepArrays step_arrays = read_step(step_fields);
+    const Step& step = step_arrays.step;
+    Collectives collectives({num_threads}, should_spin(num_threads));
+    std::vector<std::unique_ptr<LoneCall>> bound;
+    for (size_t i = 0; i < calls.size(); ++i) {
+        bound.push_back(std::make_unique<LoneCall>(isa, nb::cast<nb::dict>(calls[i]), nb::cast<nb::dict>(arrays[i]),
+                                                   step, num_threads, collectives));
+    }
     const Mapping scratch = Mapping::of_zeros(kThreadScratchBytes * num_threads + kSharedScratchBytes, "scratch");
-    std::atomic<int64_t> counter{0};
+    Barrier barrier(num_threads, should_spin(num_threads), "run_calls");
     ThreadPool pool(num_threads);
+    double seconds = 0;
     const nb::gil_scoped_release release;
     pool.run([&](int32_t thread) {
         Team team;
@@ -202,9 +211,17 @@ void run_call(const std::string& isa, const nb::dict& call_fields, const nb::dic
         team.scratch = scratch.data() + kThreadScratchBytes * thread;
         team.shared_scratch = scratch.data() + kThreadScratchBytes * num_threads;
         team.shared_scratch_bytes = kSharedScratchBytes;
-        team.counter = &counter;
-        kernel->run(step, team);
+        barrier.wait();
+        const auto started = std::chrono::steady_clock::now();
+        for (const auto& one : bound) {
+            team.counter = &one->counter;
+            one->kernel->run(step, team);
+            barrier.wait();
+        }
+        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - started;
+        if (thread == 0) seconds = passed.count();
     });
+    return seconds;
 }
 
 using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
@@ -241,8 +258,10 @@ nb::tuple run_forward(const nb::dict& spec_fields, const nb::list& steps, const 
 
 void bind_kernels(nb::module_& module) {
     module.def("cpu_features", &cpu_features, "The ISA features of this machine that targets ask for.");
-    module.def("run_call", &run_call, nb::arg("isa"), nb::arg("call"), nb::arg("operands"), nb::arg("step"),
-               nb::arg("num_threads") = 1, "Runs one operator's kernel on arrays, in place; for tests and checks.");
+    module.def("nodes_of_cpus", &nodes_of_cpus, nb::arg("cpus"), nb::arg("root") = "/sys/devices/system/node",
+               "The memory nodes that CPUs belong to.");
+    module.def("run_calls", &run_calls, nb::arg("isa"), nb::arg("calls"), nb::arg("operands"), nb::arg("step"),
+               nb::arg("num_threads") = 1, "Runs operators' kernels on arrays, in place; the seconds that it took.");
     module.def("run_forward", &run_forward, nb::arg("spec"), nb::arg("steps"), nb::arg("executor") = "cpu",
                "Runs steps one after another without a serving loop: the logits of each, and memory by purpose.");
 }

@@ -64,6 +64,8 @@ Mapping Mapping::of_file(const std::string& path, int64_t bytes) {
         MAP_FAILED) {
         throw CapacityError(path + ": cannot be mapped: " + std::strerror(errno) + ".");
     }
+    // What is not in memory yet comes in huge pages, where the file system has them.
+    madvise(mapping.data(), static_cast<size_t>(bytes), MADV_HUGEPAGE);
     madvise(mapping.data(), static_cast<size_t>(bytes), MADV_WILLNEED);
     return mapping;
 }

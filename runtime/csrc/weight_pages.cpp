@@ -10,6 +10,8 @@
 #include <cstring>
 #include <fstream>
 
+#include "memory_nodes.h"
+
 namespace enginery {
 
 namespace {
@@ -27,7 +29,7 @@ int64_t round_up_to(int64_t value, int64_t unit) { return (value + unit - 1) / u
 // Memory in huge pages, as far as there are any, on the boundary of one.
 class HugeMemory {
   public:
-    explicit HugeMemory(int64_t bytes) {
+    HugeMemory(int64_t bytes, const std::vector<int>& nodes) {
         const int64_t whole_bytes = bytes + kHugePage;
         void* whole =
             mmap(nullptr, static_cast<size_t>(whole_bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -39,6 +41,7 @@ class HugeMemory {
         munmap_if_any(static_cast<std::byte*>(whole), static_cast<size_t>(before));
         munmap_if_any(data_ + bytes, static_cast<size_t>(kHugePage - before));
         madvise(data_, bytes_, MADV_HUGEPAGE);
+        place_on_nodes(data_, bytes, nodes);
     }
     ~HugeMemory() { munmap_if_any(data_, bytes_); }
     HugeMemory(const HugeMemory&) = delete;
@@ -96,9 +99,10 @@ struct Rates {
 };
 
 // Of pieces that lie evenly over the file; the best of some, in turn. Nothing is measured where there is no memory.
-Rates measure(const Mapping& mapping, const std::function<bool()>& stop) {
+Rates measure(const WeightFile& file, const std::function<bool()>& stop) {
     Rates rates;
-    const HugeMemory memory(kSamplePieces * kHugePage);
+    const Mapping& mapping = *file.mapping;
+    const HugeMemory memory(kSamplePieces * kHugePage, file.nodes);
     if (memory.data() == nullptr) return rates;
     Pieces mapped, huge;
     const int64_t places = mapping.bytes() / kHugePage;
@@ -157,16 +161,14 @@ int64_t available_bytes() {
     return left;
 }
 
-// A copy would lie in one of them.
-bool has_several_memory_nodes() { return access("/sys/devices/system/node/node1", F_OK) == 0; }
-
 // Replaces the pages of the file piece by piece, as long as `needed` bytes beside are there; the bytes that were.
-int64_t copy_to_huge_pages(const Mapping& mapping, int64_t needed, const std::function<bool()>& stop) {
+int64_t copy_to_huge_pages(const WeightFile& file, int64_t needed, const std::function<bool()>& stop) {
+    const Mapping& mapping = *file.mapping;
     const int64_t page = sysconf(_SC_PAGESIZE), bytes = mapping.bytes();
     int64_t done = 0;
     while (done < bytes && !stop() && available_bytes() >= needed + kPieceBytes) {
         const int64_t count = std::min(kPieceBytes, bytes - done);
-        HugeMemory memory(round_up_to(count, kHugePage));
+        HugeMemory memory(round_up_to(count, kHugePage), file.nodes);
         if (memory.data() == nullptr) break;
         std::memcpy(memory.data(), mapping.data() + done, static_cast<size_t>(count));
         if (!memory.move_to(mapping.data() + done, static_cast<size_t>(round_up_to(count, page)))) break;
@@ -183,18 +185,18 @@ std::string in_words(const Rates& rates) {
 
 }  // namespace
 
-std::string settle_weights(const std::vector<Mapping*>& files, WeightPages wanted, int64_t promised,
+std::string settle_weights(const std::vector<WeightFile>& files, WeightPages wanted, int64_t promised,
                            const std::function<bool()>& stop) {
     if (wanted == WeightPages::kMapped || files.empty()) return "";
     int64_t bytes = 0;
-    for (const Mapping* file : files) bytes += file->bytes();
-    const Mapping& largest =
-        **std::max_element(files.begin(), files.end(), [](auto* a, auto* b) { return a->bytes() < b->bytes(); });
+    for (const WeightFile& file : files) bytes += file.mapping->bytes();
+    const WeightFile& largest = *std::max_element(files.begin(), files.end(), [](const auto& a, const auto& b) {
+        return a.mapping->bytes() < b.mapping->bytes();
+    });
     const std::string left = "left in the pages of their file";
     Rates rates;
     if (wanted == WeightPages::kAuto) {
-        if (largest.bytes() < kLeastBytes) return "";
-        if (has_several_memory_nodes()) return left + ", as a copy would lie in one memory node of several";
+        if (largest.mapping->bytes() < kLeastBytes) return "";
         rates = measure(largest, stop);
         if (stop()) return "";
         if (rates.huge <= 0 || rates.huge < kWorthIt * rates.mapped) return left + in_words(rates);
@@ -202,7 +204,7 @@ std::string settle_weights(const std::vector<Mapping*>& files, WeightPages wante
     const int64_t needed = promised + kReserve;
     if (available_bytes() < bytes + needed) return left + ", as memory for a copy is missing" + in_words(rates);
     int64_t copied = 0;
-    for (const Mapping* file : files) copied += copy_to_huge_pages(*file, needed, stop);
+    for (const WeightFile& file : files) copied += copy_to_huge_pages(file, needed, stop);
     if (copied == bytes) return "copied to huge pages" + in_words(rates);
     return std::to_string(copied >> 20) + " MiB of them copied to huge pages" + in_words(rates);
 }

@@ -15,10 +15,16 @@ namespace enginery {
 
 enum class WeightPages : uint8_t { kAuto, kMapped, kHuge };
 
+// A mapped file, and the memory nodes that a copy of it lies on (memory_nodes.h).
+struct WeightFile {
+    Mapping* mapping = nullptr;
+    std::vector<int> nodes;
+};
+
 // Settles it for all mapped files together, and says in words what it found and did; "" for less than is worth it.
 // Copying replaces one piece after the other under whoever reads it; it stops where others need the memory. May take
 // seconds; ends early once `stop` says so. promised: bytes that others will touch yet, state and activations.
-std::string settle_weights(const std::vector<Mapping*>& files, WeightPages wanted, int64_t promised,
+std::string settle_weights(const std::vector<WeightFile>& files, WeightPages wanted, int64_t promised,
                            const std::function<bool()>& stop);
 
 }  // namespace enginery

@@ -73,7 +73,7 @@ class Call:
     def run(self, isa: str, num_threads: int = 1, **limits: int) -> None:
         call = {"op": self.op, "version": self.version, "attributes": self.attributes, "operands": self.operands}
         call |= {"groups": self.groups, "per_thread": self.per_thread, **limits}
-        _core.run_call(isa, call, self.arrays, self.step, num_threads)
+        _core.run_calls(isa, [call], [self.arrays], self.step, num_threads)
 
 
 def assert_close(found: Array, wanted: Array, dtype: str, size: float = 0) -> None:

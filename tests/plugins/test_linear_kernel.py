@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("activation", ["none", "silu_gated"])
+@pytest.mark.parametrize("dtype", ["f32", "u8", "uint4g64"])
+def test_variants_change_no_result(isa: str, kernels: Any, dtype: str, activation: str) -> None:
+    # 38 units: threads and parts of unequal length; 2100 columns: two blocks.
+    problem = Problem(kernels, dtype, 40, 600, 2100, 3, **PLAIN | {"activation": activation, "bias": True})
+    usual = problem.call()
+    usual.run(isa)
+    for units, apart, ahead, num_threads in product((1, 2, 3, 4), (0, 1), (0, 1), (1, 2)):
+        call = problem.call()
+        call.attributes |= {"units": units, "apart": apart, "ahead": ahead}
+        call.run(isa, num_threads)
+        np.testing.assert_array_equal(call.arrays["out"], usual.arrays["out"])
+
+
+@pytest.mark.parametrize("activation", ["none", "silu_gated"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_row_is_the_same_alone_and_among_others(isa: str, kernels: Any, dtype: str, activation: str) -> None:
     n, k = 200, 2100
@@ -201,6 +216,8 @@ HOSTILE = {
     "a number as text": (lambda call: call.attributes.update(k="64"), "attribute k"),
     "an unknown activation": (lambda call: call.attributes.update(activation="relu"), "activation: wanted one of"),
     "an endless softcap": (lambda call: call.attributes.update(softcap=float("nan")), "softcap"),
+    "five units": (lambda call: call.attributes.update(units=5, apart=0, ahead=0), "attribute units"),
+    "half a variant": (lambda call: call.attributes.update(units=2), "attribute apart is missing"),
     "an unknown attribute": (lambda call: call.attributes.update(alpha=2), "alpha = 2 is not known"),
     "a missing attribute": (lambda call: call.attributes.pop("k"), "attribute k is missing"),
     "an unknown operand": (lambda call: call.inputs("slots"), "operand slots is not known"),

@@ -1,0 +1,39 @@
+// Which variant of `linear` a product takes: by what was measured.
+#pragma once
+
+#include <algorithm>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "plugins/linear/tuning.h"
+
+namespace enginery::ENGINERY_ISA {
+
+// The variants of a product, each with the most rows that it is for, in order.
+using Variants = std::vector<std::pair<int64_t, Variant>>;
+
+// Without an entry: rows that are multiplied as fast as their weights come are left to the processor's prefetching.
+inline constexpr Variant kFewRows = {4, true, false}, kManyRows = {2, false, true};
+
+#define ENGINERY_TEXT_OF(x) #x
+#define ENGINERY_TEXT(x) ENGINERY_TEXT_OF(x)
+inline constexpr std::string_view kIsa = ENGINERY_TEXT(ENGINERY_ISA);
+
+// columns: of the weight, K. panels: of 16 of its rows.
+inline Variants find_variants(std::string_view layout, int64_t columns, int64_t panels) {
+    Variants found;
+    for (const Tuned& entry : kTuned) {
+        const bool suits = entry.isa == kIsa && layout.find(entry.layout) != layout.npos &&
+                           columns <= entry.most_columns && panels <= entry.most_panels;
+        // Entries of few rows come first, and of small weights among them: what suits first suits best.
+        if (suits && (found.empty() || found.back().first < entry.most_rows)) {
+            found.emplace_back(entry.most_rows, entry.variant);
+        }
+    }
+    if (found.empty()) found = {{2, kFewRows}};
+    if (found.back().first < kAnyNumber) found.emplace_back(kAnyNumber, kManyRows);
+    return found;
+}
+
+}  // namespace enginery::ENGINERY_ISA
