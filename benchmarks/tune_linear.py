@@ -3,7 +3,8 @@
     python benchmarks/tune_linear.py [--isa avx512-vnni-bf16] [--layouts int8_k4n16 …] [--write] [--json FILE]
 
 Weights come from memory each time, all variants in turn, so that a machine whose speed changes changes it for all. A
-variant's time is relative to that of all in the same turn, and the median counts. --write puts what was found into
+variant's time is relative to the median of all in the same turn, and the median of these counts. Nothing else may run
+meanwhile: small items, which suit disturbed cores, would win. --write puts what was found into
 plugins/linear/tuning.h, in the place of what that ISA and these layouts had there; variants change no result.
 """
 
@@ -58,6 +59,11 @@ class Variant:
     apart: bool
     ahead: bool
 
+    @property
+    def name(self) -> str:
+        """Units, a where they lie apart, p where the next ones are fetched."""
+        return f"{self.units}{'a' if self.apart else '-'}{'p' if self.ahead else '-'}"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -96,11 +102,9 @@ def main() -> None:
         for (columns, panels), (n, k, gated) in SHAPES.items():
             found[columns, panels] = relative_times(arguments.isa, layout, rows, n, k, gated, arguments.turns)
             ranking = sorted(found[columns, panels].items(), key=lambda item: item[1])
-            times += [
-                {"layout": layout, "rows": rows, "n": n, "k": k, "gated": gated, "time": time} | asdict(variant)
-                for variant, time in ranking
-            ]
-            best = ", ".join(f"{v.units}{'a' if v.apart else '-'}{'p' if v.ahead else '-'} {t:.3f}" for v, t in ranking)
+            ranked = {variant.name: round(time, 3) for variant, time in ranking}
+            times.append({"layout": layout, "rows": rows, "n": n, "k": k, "gated": gated, "times": ranked})
+            best = ", ".join(f"{name} {time:.3f}" for name, time in ranked.items())
             print(f"{layout} {rows:3} rows {n:6} x {k:5}{' gated' if gated else '':6}: {best}", flush=True)
         most_rows = ANY if rows == max(arguments.rows) else rows
         entries += chosen(arguments.isa.replace("-", "_"), re.sub(r"g\d+$", "", layout), most_rows, found)
@@ -108,7 +112,7 @@ def main() -> None:
         print(entry.line())
     if arguments.write:
         write(entries)
-    save(arguments.json, {"isa": arguments.isa, "threads": os.cpu_count(), "times": times})
+    save(arguments.json, {"isa": arguments.isa, "threads": os.cpu_count(), "products": times})
 
 
 def best_isa() -> str:
@@ -122,7 +126,7 @@ def best_isa() -> str:
 
 
 def relative_times(isa: str, layout: str, rows: int, n: int, k: int, gated: bool, turns: int) -> dict[Variant, float]:
-    """Of each variant: its time over the mean of all in the same turn, the median of all turns."""
+    """Of each variant: its time over the median of all in the same turn, the median of all turns."""
     weight_rows = (2 if gated else 1) * -(-n // 16) * 16
     weight_bytes = LAYOUTS[f"{layout}.v0"].num_bytes(weight_rows, k)
     copies = max(1, (COLD_BYTES if rows < 64 else COLD_BYTES // 4) // weight_bytes)
@@ -141,9 +145,9 @@ def relative_times(isa: str, layout: str, rows: int, n: int, k: int, gated: bool
             variant: _core.run_calls(isa, calls[variant], arrays, {"num_tokens": rows}, os.cpu_count() or 1)
             for variant in variants
         }
-        mean = statistics.mean(seconds.values())
+        usual = statistics.median(seconds.values())
         for variant, value in seconds.items():
-            ratios[variant].append(value / mean)
+            ratios[variant].append(value / usual)
     return {variant: statistics.median(values) for variant, values in ratios.items()}
 
 
@@ -200,14 +204,27 @@ def chosen(
         return sum(times[variant] / best[key] for key, times in found.items())
 
     usual = min(common, key=loss)
-    entries = []
-    for key, times in found.items():
+    entries = [Entry(isa, layout, most_rows, ANY, ANY, usual)]
+    for key, times in reversed(found.items()):
         variant = min(times, key=lambda v: times[v])
-        if times[variant] < WORTH_IT * times[usual]:
-            entries.append(Entry(isa, layout, most_rows, *key, variant))
-        elif any(entry.variant != usual for entry in entries):
-            entries.append(Entry(isa, layout, most_rows, *key, usual))
-    return [*entries, Entry(isa, layout, most_rows, ANY, ANY, usual)]
+        entries.insert(
+            0, Entry(isa, layout, most_rows, *key, variant if times[variant] < WORTH_IT * times[usual] else usual)
+        )
+    for entry in list(entries):
+        rest = [other for other in entries if other is not entry]
+        if rest and all(first(rest, *key) == first(entries, *key) for key in found):
+            entries = rest
+    return entries
+
+
+def first(entries: list[Entry], columns: int | str, panels: int | str) -> Variant | None:
+    """What the runtime takes for a weight of such a class: of the first entry that is for as much."""
+
+    def holds(most: int | str, wanted: int | str) -> bool:
+        return most == ANY or (wanted != ANY and int(wanted) <= int(most))
+
+    suiting = (e.variant for e in entries if holds(e.most_columns, columns) and holds(e.most_panels, panels))
+    return next(suiting, None)
 
 
 def write(entries: list[Entry]) -> None:
