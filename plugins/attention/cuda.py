@@ -12,12 +12,12 @@ splits                of decode, by how many pairs of queries and KV heads there
 
 Tiles are the largest that no register spills from, for most heads of their class; others get the first of `_smaller`
 ones that none does. A decoding program has 32 KiB of keys and values in one and two of them in flight: two or three
-programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma has registers to convert what it multiplies
-only if the queries are in shared memory; where heads that are rotated in part leave too few even then, less than 64
-rows are for mma.sync. So are the 32 of attend_any, which keeps two sums, of a span and of those before; its tiles have
-no more than 64 keys, as they begin at multiples, where a window's block may too. Splits are enough programs
-to fill 132 SMs several times over, and none of less work than its part of the combining costs; large batches are split
-for their long sequences alone, which would run on when all others have ended.
+programs share an SM, one 99 KiB. With wide heads and 8 bits sm90's wgmma, which takes 64 rows, has registers to convert
+what it multiplies only if the queries are in shared memory. attend_any keeps two sums, of a span and of those before:
+of wide heads on sm100, and with 8 bits on sm90, two programs take half of the values each, and all keys; where mma.sync
+multiplies they have 32 rows. Its tiles have no more than 64 keys, as they begin at multiples, where a window's block
+may too. Splits are enough programs to fill 132 SMs several times over, and none of less work than its part of the
+combining costs; large batches are split for their long sequences alone, which would run on when all others have ended.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ class Attention:
 @dataclass(frozen=True)
 class Tiles:
     """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile; in_shared: a prefill program
-    keeps its queries in shared memory, not in registers."""
+    keeps its queries in shared memory, not in registers; slices: programs of attend_any that share a head's values."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
     in_shared: bool = False
+    slices: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Split:
 _ALL_REGISTERS = 255
 # Of tiles that take the place of others.
 _LEAST_ROWS, _LEAST_KEYS, _MOST_WARPS = 16, 32, 8
-# Of many heads that share a KV head, decoded by one program.
-_LEAST_DECODE_KEYS = 16
+# Of many heads that share a KV head, decoded by one program, and where fewer rows would not be multiplied as wanted.
+_LEAST_KEYS_OF_FEW = 16
 # Keys whose results are found by themselves, and then taken together; a decoding token can have a program for each.
 SPAN = 256
 # Up to so many pairs of tokens and KV heads; more fill a GPU without.
@@ -156,10 +157,11 @@ def attention_launches(operator: Attention, architecture: int, domain: str, pdl:
 def _smaller(tiles: Tiles) -> Iterator[Tiles]:
     """The table's, and what is tried in their place, one after the other, for heads from which those spill."""
     rows = [size for size in (tiles.rows, tiles.rows // 2, tiles.rows // 4) if size >= _LEAST_ROWS] or [0]
-    least = _LEAST_KEYS if tiles.rows else _LEAST_DECODE_KEYS
-    keys = [size for size in (tiles.keys, tiles.keys // 2, *([] if tiles.rows else [tiles.keys // 4])) if size >= least]
+    least = _LEAST_KEYS if tiles.rows and not tiles.in_shared and tiles.slices == 1 else _LEAST_KEYS_OF_FEW
+    halvings = 2 if least < _LEAST_KEYS else 1
+    keys = [tiles.keys >> halving for halving in range(halvings + 1) if tiles.keys >> halving >= least]
     warps = [tiles.num_warps] if tiles.rows else dict.fromkeys((tiles.num_warps, _MOST_WARPS))
-    return (Tiles(*size, tiles.num_stages, tiles.in_shared) for size in product(rows, keys, warps))
+    return (Tiles(*size, tiles.num_stages, tiles.in_shared, tiles.slices) for size in product(rows, keys, warps))
 
 
 def _with_all_registers(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
@@ -218,24 +220,26 @@ def _invariant(operator: Attention, tiles: Tiles, domain: str, pdl: bool) -> tup
     layout, group = operator.layout, operator.num_heads // operator.layout.num_kv_heads
     group_rows = min(1 << (group - 1).bit_length(), tiles.rows)
     constants: dict[str, Constant] = {"GROUP_ROWS": group_rows, "ROWS": tiles.rows, "ROWS_OF_A_TILE": TILE_TOKENS}
+    constants |= {"TILE": tiles.keys, "SLICES": tiles.slices, "IN_SHARED": tiles.in_shared}
     kernel = _kernel(
         operator,
         "attend_any",
         (("items", "*i32"), ("out", "*bf16"), ("partials", "*fp32"), ("partial_sums", "*fp32"), ("arrivals", "*i32")),
         (("single", "i32"),),
-        constants | {"TILE": tiles.keys, "SPAN": SPAN, "PACKED": domain == "rows"},
+        constants | {"SPAN": SPAN, "PACKED": domain == "rows"},
         tiles,
         pdl,
     )
     kernel = replace(kernel, registers=_ALL_REGISTERS)
-    head_parts = layout.num_kv_heads * -(-group // group_rows)
+    head_parts = layout.num_kv_heads * -(-group // group_rows) * tiles.slices
+    columns = min(layout.head_dim, padded_width(layout.head_dim) // tiles.slices)
 
     def launch(items: Expression, spans: Expression, queries: str, guard: Range) -> Launch:
         # Programs of all spans leave nothing for others, but have the parameters.
         pairs: Expression = 1 if spans == 1 else ["*", items, head_parts]
         each: Expression = ["*", pairs, spans]
         scratch = {
-            "partials": Scratch(["*", each, group_rows * layout.head_dim * 4]),
+            "partials": Scratch(["*", each, group_rows * columns * 4]),
             "partial_sums": Scratch(["*", each, 2 * group_rows * 4]),
             "arrivals": Scratch(["*", pairs, 4], zeroed=True),
         }

@@ -199,58 +199,26 @@ def prefill(
     state += kv_head * HEAD_STRIDE
     if state_scales is not None:
         state_scales += kv_head * (HEAD_STRIDE // 2) + 64 * HEAD_DIM
-    queries = tl.zeros((ROWS, WIDTH), tl.float16 if state.dtype.element_ty == tl.float8e4nv else tl.bfloat16)
+    queries = prepare_queries(
+        heads, cos, sin, q_norm, live, state, num_rows > 0, HEAD_DIM, WIDTH, ROT_DIM, EPS, SCALE, SOFTCAP
+    )
     largest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     if IN_SHARED:
-        # Two turns: Triton's wgmma takes what a loop hands on from shared memory, and what was computed before it from
-        # registers, which wide heads have none left for.
-        for turn in tl.range(0, tl.cdiv(num_rows, ROWS) + 1, num_stages=1):
-            if turn == 0:
-                queries = prepare_queries(
-                    heads, cos, sin, q_norm, live, state, num_rows > 0, HEAD_DIM, WIDTH, ROT_DIM, EPS, SCALE, SOFTCAP
-                )
-                sums = tl.zeros((ROWS, WIDTH), tl.float32)
-            else:
-                largest, total, sums = attend_to_all(
-                    queries,
-                    largest,
-                    total,
-                    sums,
-                    state,
-                    state_scales,
-                    table,
-                    position,
-                    num_rows,
-                    HEAD_DIM,
-                    WIDTH,
-                    SOFTCAP,
-                    WINDOW,
-                    BLOCK_STRIDE,
-                    TILE,
-                )
+        # One turn: Triton's wgmma takes what a loop hands on from shared memory, and what was computed before it from
+        # registers, which wide heads have none left for. Handed on is something else, or nothing would be.
+        for _ in tl.range(0, tl.cdiv(num_rows, ROWS), num_stages=1):
+            largest, total, sums = attend_to_all(
+                queries, largest, total, sums, state, state_scales, table, position, num_rows,
+                HEAD_DIM, WIDTH, SOFTCAP, WINDOW, BLOCK_STRIDE, TILE,
+            )  # fmt: skip
+            queries = tl.zeros((ROWS, WIDTH), queries.dtype)
     else:
-        queries = prepare_queries(
-            heads, cos, sin, q_norm, live, state, num_rows > 0, HEAD_DIM, WIDTH, ROT_DIM, EPS, SCALE, SOFTCAP
-        )
         largest, total, sums = attend_to_all(
-            queries,
-            largest,
-            total,
-            sums,
-            state,
-            state_scales,
-            table,
-            position,
-            num_rows,
-            HEAD_DIM,
-            WIDTH,
-            SOFTCAP,
-            WINDOW,
-            BLOCK_STRIDE,
-            TILE,
-        )
+            queries, largest, total, sums, state, state_scales, table, position, num_rows,
+            HEAD_DIM, WIDTH, SOFTCAP, WINDOW, BLOCK_STRIDE, TILE,
+        )  # fmt: skip
     # Rows that are no token's have seen no key where there is a window.
     sums = sums / tl.maximum(total, 1e-30)[:, None]
     COLUMNS: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD_DIM

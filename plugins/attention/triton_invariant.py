@@ -50,17 +50,19 @@ def attend_any(
     ROWS: tl.constexpr,
     ROWS_OF_A_TILE: tl.constexpr,
     TILE: tl.constexpr,
+    SLICES: tl.constexpr,
+    IN_SHARED: tl.constexpr,
     SPAN: tl.constexpr,
     PACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (items, parts of heads, spans or 1). A program's ROWS are tokens by GROUP_ROWS of the heads that share a KV
-    head, which has one part or more.
+    head, which has one part or more, each of them SLICES times: a program takes WIDTH / SLICES elements of the values.
 
     items         i32: if `single`, tokens (decode_tokens or rows), -1 is padding; else tiles [tiles, 2], of which each
                   makes ROWS_OF_A_TILE / (ROWS / GROUP_ROWS) items, with one program for all spans
     PACKED        q and out have a row for each item, not for each token
-    partials      f32 [items, parts of heads, spans, GROUP_ROWS, HEAD_DIM]
+    partials      f32 [items, parts of heads, spans, GROUP_ROWS, HEAD_DIM or WIDTH / SLICES if that is less]
     partial_sums  f32 [items, parts of heads, spans, 2, GROUP_ROWS]: largest scores, sums of the weights
     arrivals      i32 [items, parts of heads], zeros before and after
     """
@@ -86,10 +88,14 @@ def attend_any(
         return
 
     PARTS: tl.constexpr = (GROUP + GROUP_ROWS - 1) // GROUP_ROWS
-    kv_head = head_part // PARTS
+    COLUMNS: tl.constexpr = WIDTH // SLICES
+    first_column = 0
+    if SLICES > 1:
+        first_column = head_part % SLICES * COLUMNS
+    kv_head = head_part // (PARTS * SLICES)
     index = tl.arange(0, ROWS)
     offset = index // GROUP_ROWS
-    member = head_part % PARTS * GROUP_ROWS + index % GROUP_ROWS
+    member = head_part // SLICES % PARTS * GROUP_ROWS + index % GROUP_ROWS
     live = ((offset < num_tokens) & (member < GROUP))[:, None]
     head_at = ((kv_head * GROUP + member) * HEAD_DIM)[:, None]
     table_at = token.to(tl.int64) * (ROT_DIM // 2) + (offset * (ROT_DIM // 2))[:, None]
@@ -102,30 +108,81 @@ def attend_any(
     state += kv_head * HEAD_STRIDE
     if state_scales is not None:
         state_scales += kv_head * (HEAD_STRIDE // 2) + 64 * HEAD_DIM
-    largest, total, sums = _nothing(ROWS, WIDTH)
+    largest, total, sums = _nothing(ROWS, COLUMNS)
     begin = first // SPAN + split
-    for span in range(begin, tl.where(alone, begin + num_spans, begin + 1)):
-        highest, weight, found = _nothing(ROWS, WIDTH)
-        highest, weight, found = attend(
-            queries, highest, weight, found, state, state_scales, table, position + offset, end,
-            tl.maximum(span * SPAN, first), tl.minimum(span * SPAN + SPAN, end), True,
-            HEAD_DIM, WIDTH, SOFTCAP, WINDOW, BLOCK_STRIDE, TILE,
+    stop = tl.where(alone, begin + num_spans, begin + 1)
+    if IN_SHARED:
+        # One turn: see `prefill`.
+        for _ in tl.range(0, tl.cdiv(num_tokens, ROWS), num_stages=1):
+            largest, total, sums = _attend_to_spans(
+                queries, largest, total, sums, state, state_scales, table, position + offset, end, first, begin, stop,
+                first_column, HEAD_DIM, WIDTH, SOFTCAP, WINDOW, BLOCK_STRIDE, TILE, SPAN,
+            )  # fmt: skip
+            queries = tl.zeros((ROWS, WIDTH), queries.dtype)
+        # Made of what is read again: else the loop would keep it in registers.
+        again, num_tokens = _tokens(items, item, single != 0, ROWS // GROUP_ROWS, ROWS_OF_A_TILE)
+        place = item if PACKED else again
+        index = tl.arange(0, ROWS) + (again - token)
+        offset = index // GROUP_ROWS
+        member = head_part // SLICES % PARTS * GROUP_ROWS + index % GROUP_ROWS
+        live = ((offset < num_tokens) & (member < GROUP))[:, None]
+        head_at = ((kv_head * GROUP + member) * HEAD_DIM)[:, None]
+    else:
+        largest, total, sums = _attend_to_spans(
+            queries, largest, total, sums, state, state_scales, table, position + offset, end, first, begin, stop,
+            first_column, HEAD_DIM, WIDTH, SOFTCAP, WINDOW, BLOCK_STRIDE, TILE, SPAN,
         )  # fmt: skip
-        largest, total, sums = _take(largest, total, sums, highest, weight, found)
 
-    COLUMNS: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD_DIM
-    OUT_STRIDE: tl.constexpr = (COLUMNS + 127) // 128 * 128
+    OUT_COLUMNS: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD_DIM
+    OUT_STRIDE: tl.constexpr = (OUT_COLUMNS + 127) // 128 * 128
     out += place.to(tl.int64) * OUT_STRIDE + (offset * OUT_STRIDE)[:, None]
-    is_last_head = head_part == NUM_KV_HEADS * PARTS - 1
+    is_last_head = head_part == NUM_KV_HEADS * PARTS * SLICES - 1
     last = alone | (num_spans == 1)
     if not last:
         pair = item * tl.num_programs(1) + head_part
         last, total, sums = _exchange(
             largest, total, sums, live, partials, partial_sums, arrivals + pair, pair, split, num_spans,
-            GROUP_ROWS, HEAD_DIM, WIDTH,
+            first_column, GROUP_ROWS, HEAD_DIM,
         )  # fmt: skip
     if last:
-        write_heads(out, head_at, sums / total[:, None], live, is_last_head, COLUMNS, HEAD_DIM, WIDTH)
+        # Rows that are no token's may have seen no key.
+        result = sums / tl.maximum(total, 1e-30)[:, None]
+        write_heads(out, head_at, result, live, is_last_head, OUT_COLUMNS, HEAD_DIM, COLUMNS, first_column)
+
+
+@triton.jit
+def _attend_to_spans(
+    queries,
+    largest,
+    total,
+    sums,
+    state,
+    state_scales,
+    table,
+    positions,
+    end,
+    first,
+    begin,
+    stop,
+    first_column,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Takes the spans begin … stop − 1, from the key `first` on, to what those before have; the rest as in `attend`."""
+    for span in range(begin, stop):
+        highest, weight, found = _nothing(sums.shape[0], sums.shape[1])
+        highest, weight, found = attend(
+            queries, highest, weight, found, state, state_scales, table, positions, end,
+            tl.maximum(span * SPAN, first), tl.minimum(span * SPAN + SPAN, end), True,
+            HEAD_DIM, WIDTH, SOFTCAP, WINDOW, BLOCK_STRIDE, TILE, first_column,
+        )  # fmt: skip
+        largest, total, sums = _take(largest, total, sums, highest, weight, found)
+    return largest, total, sums
 
 
 @triton.jit
@@ -140,29 +197,30 @@ def _exchange(
     pair,
     split,
     num_spans,
+    first_column,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     """Leaves what a span of one token has found. Whether all spans have; if so, the total and sums of all."""
     index = tl.arange(0, sums.shape[0])
-    column = tl.arange(0, WIDTH)[None, :]
-    one, inside = index < GROUP_ROWS, live & (column < HEAD_DIM)
+    KEPT: tl.constexpr = sums.shape[1] if sums.shape[1] < HEAD_DIM else HEAD_DIM
+    column = tl.arange(0, sums.shape[1])[None, :]
+    one, inside = index < GROUP_ROWS, live & (first_column + column < HEAD_DIM)
     first = pair.to(tl.int64) * tl.num_programs(2)
-    at = partials + first * (GROUP_ROWS * HEAD_DIM) + index[:, None] * HEAD_DIM + column
+    at = partials + first * (GROUP_ROWS * KEPT) + index[:, None] * KEPT + column
     sums_at = partial_sums + first * (2 * GROUP_ROWS) + index
-    tl.store(at + split * (GROUP_ROWS * HEAD_DIM), sums, mask=inside)
+    tl.store(at + split * (GROUP_ROWS * KEPT), sums, mask=inside)
     tl.store(sums_at + split * (2 * GROUP_ROWS), largest, mask=one)
     tl.store(sums_at + split * (2 * GROUP_ROWS) + GROUP_ROWS, total, mask=one)
     # The barrier puts every thread's stores before the count that releases them.
     tl.debug_barrier()
     last = tl.atomic_add(arrivals, 1, sem="acq_rel") == num_spans - 1
     if last:
-        largest, total, sums = _nothing(sums.shape[0], WIDTH)
+        largest, total, sums = _nothing(sums.shape[0], sums.shape[1])
         for span in range(num_spans):
             highest = tl.load(sums_at + span * (2 * GROUP_ROWS), mask=one, other=0.0, cache_modifier=".cg")
             weight = tl.load(sums_at + span * (2 * GROUP_ROWS) + GROUP_ROWS, mask=one, other=1.0, cache_modifier=".cg")
-            found = tl.load(at + span * (GROUP_ROWS * HEAD_DIM), mask=inside, other=0.0, cache_modifier=".cg")
+            found = tl.load(at + span * (GROUP_ROWS * KEPT), mask=inside, other=0.0, cache_modifier=".cg")
             largest, total, sums = _take(largest, total, sums, highest, weight, found)
         tl.store(arrivals, 0)
     return last, total, sums

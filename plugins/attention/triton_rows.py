@@ -72,10 +72,20 @@ def combine(
 
 @triton.jit
 def write_heads(
-    rows, head_at, result, live, is_last_head, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+    rows,
+    head_at,
+    result,
+    live,
+    is_last_head,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    first_column=0,
 ):
-    """Heads into `rows` (pointers [M, 1] or [1, 1]) at head_at; with the last head the rows' padding, as zeros."""
-    column = tl.arange(0, WIDTH)[None, :]
+    """WIDTH elements of heads, from first_column on, into `rows` (pointers [M, 1] or [1, 1]), where the heads are at
+    head_at; with the last head the rows' padding, as zeros.
+    """
+    column = first_column + tl.arange(0, WIDTH)[None, :]
     tl.store(rows + head_at + column, result.to(tl.bfloat16), mask=live & (column < HEAD_DIM))
     if COLUMNS % 128 != 0:
         padding = COLUMNS // 128 * 128 + tl.arange(0, 128)[None, :]

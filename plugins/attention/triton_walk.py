@@ -34,15 +34,18 @@ def attend(
     WINDOW: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
     TILE: tl.constexpr,
+    first_column=0,
 ):
-    """Takes the keys begin … stop − 1 of one head into largest, total [M] and sums [M, WIDTH], tile by tile.
+    """Takes the keys begin … stop − 1 of one head into largest, total [M] and sums [M, N], tile by tile.
 
+    sums: of N of the WIDTH elements of the values, those from first_column on.
     state, state_scales of the head in block 0. `begin` is a multiple of TILE, or of 64 if TILE is more. MASKED: rows
     see keys within `positions` [M] and WINDOW; else all rows see all. What the cache holds at `end` or later has no
     effect, if in fp8 it is no NaN.
     """
     index, column = tl.arange(0, TILE), tl.arange(0, WIDTH)
-    inside = column < HEAD_DIM
+    value_column = first_column + tl.arange(0, sums.shape[1])
+    inside, value_inside = column < HEAD_DIM, value_column < HEAD_DIM
     VALUES: tl.constexpr = 64 * HEAD_DIM
     WHOLE: tl.constexpr = HEAD_DIM == WIDTH
     # The block table is read a tile ahead: loads that other loads of an iteration wait for would take a stage of the
@@ -56,12 +59,13 @@ def attend(
             _places(state, block, second, key, HEAD_DIM, 1, TILE)[:, None] + column[None, :], inside[None, :], WHOLE
         )
         if state_scales is None:
-            at = _places(state + VALUES, block, second, key, HEAD_DIM, 1, TILE)[:, None] + column[None, :]
+            at = _places(state + VALUES, block, second, key, HEAD_DIM, 1, TILE)[:, None] + value_column[None, :]
             written = (key + index < end)[:, None]
-            values = _load(at, written & inside[None, :] if MASKED else inside[None, :], WHOLE and not MASKED)
+            is_value = value_inside[None, :]
+            values = _load(at, written & is_value if MASKED else is_value, WHOLE and not MASKED)
         else:
-            at = _places(state + VALUES, block, second, key, 1, 1, TILE)[None, :] + column[:, None] * 64
-            values = tl.trans(_load(at, inside[:, None], WHOLE))
+            at = _places(state + VALUES, block, second, key, 1, 1, TILE)[None, :] + value_column[:, None] * 64
+            values = tl.trans(_load(at, value_inside[:, None], WHOLE))
         block, second = _blocks(table, key + TILE, end, BLOCK_STRIDE, TILE)
         scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)))
         if state_scales is not None:

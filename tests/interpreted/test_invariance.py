@@ -90,6 +90,21 @@ def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "SPAN_PAIRS", 6)
 
 
+def assert_a_token_sees_the_same_in_any_step(scene: Steps, architecture: int) -> None:
+    """The scene's first sequence has 150 tokens, of which the last 12 are queries; its others 3 and 7 queries."""
+    scene.operator = replace(scene.operator, invariant=True)
+    whole = scene.ask([(0, 0, 12)], architecture)[0]
+    scene.check(whole, scene.wanted()[:12])
+    # Alone and decoding, in a chunk that begins elsewhere, among others, with more decoding ones than have spans.
+    assert (scene.ask([(0, 8, 1)], architecture)[0] == whole[8]).all()
+    assert (scene.ask([(0, 5, 7)], architecture)[0] == whole[5:]).all()
+    others = scene.ask([(1, 0, 1), (0, 11, 1), (2, 0, 7), (0, 3, 5)], architecture)
+    assert (others[1] == whole[11]).all()
+    assert (others[3] == whole[3:8]).all()
+    crowd = scene.ask([(0, token, 1) for token in range(12)], architecture)
+    assert (np.concatenate(crowd) == whole).all()
+
+
 @pytest.mark.usefixtures("short_spans")
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -117,17 +132,25 @@ def test_a_token_sees_the_same_in_any_step(
         rot_dim=int(head_dim * rotated) // 2 * 2,
         **options,
     )
-    scene.operator = replace(scene.operator, invariant=True)
-    whole = scene.ask([(0, 0, 12)], architecture)[0]
-    scene.check(whole, scene.wanted()[:12])
-    # Alone and decoding, in a chunk that begins elsewhere, among others, with more decoding ones than have spans.
-    assert (scene.ask([(0, 8, 1)], architecture)[0] == whole[8]).all()
-    assert (scene.ask([(0, 5, 7)], architecture)[0] == whole[5:]).all()
-    others = scene.ask([(1, 0, 1), (0, 11, 1), (2, 0, 7), (0, 3, 5)], architecture)
-    assert (others[1] == whole[11]).all()
-    assert (others[3] == whole[3:8]).all()
-    crowd = scene.ask([(0, token, 1) for token in range(12)], architecture)
-    assert (np.concatenate(crowd) == whole).all()
+    assert_a_token_sees_the_same_in_any_step(scene, architecture)
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize(
+    ("architecture", "kv_dtype", "head_dim", "rot_dim"),
+    [
+        (90, "bf16", 192, 192),
+        (90, "i8", 192, 64),
+        (100, "bf16", 136, 136),
+        pytest.param(90, "fp8", 256, 256, marks=pytest.mark.heavy),
+    ],
+)
+def test_a_token_of_wide_heads_does(architecture: int, kv_dtype: str, head_dim: int, rot_dim: int) -> None:
+    """Where two programs may take half of the values each."""
+    scene = Steps(
+        kv_dtype, [(150, 12), (90, 3), (7, 7)], kv_heads=2, group=3, head_dim=head_dim, rot_dim=rot_dim, window=100
+    )
+    assert_a_token_sees_the_same_in_any_step(scene, architecture)
 
 
 @pytest.mark.usefixtures("short_spans")

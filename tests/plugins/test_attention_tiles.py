@@ -73,7 +73,10 @@ def test_entries_are_as_kernels_want_them() -> None:
         ("prefill", "bf16", (8, 4), (256, 64), 90, Tiles(64, 64, 8, 2)),
         ("attend_any", "bf16", (32, 8), (128, 128), 90, Tiles(64, 64, 8, 2)),
         ("attend_any", "fp8", (32, 8), (128, 128), 89, Tiles(32, 64, 4, 2)),
-        ("attend_any", "i8", (8, 4), (256, 256), 90, Tiles(32, 32, 8, 2)),
+        ("attend_any", "bf16", (8, 4), (256, 64), 90, Tiles(64, 32, 8, 2, in_shared=True)),
+        ("attend_any", "i8", (8, 4), (256, 256), 90, Tiles(64, 32, 8, 2, in_shared=True, slices=2)),
+        ("attend_any", "i8", (8, 4), (256, 256), 100, Tiles(64, 32, 8, 2, slices=2)),
+        ("attend_any", "i8", (8, 4), (256, 256), 120, Tiles(32, 32, 8, 2)),
     ],
 )
 def test_tiles(
