@@ -4,7 +4,8 @@
 
 Weights come from memory each time, all variants in turn, so that a machine whose speed changes changes it for all. A
 variant's time is relative to the median of all in the same turn, and the median of these counts. Nothing else may run
-meanwhile: small items, which suit disturbed cores, would win. --write puts what was found into
+meanwhile: small items, which suit disturbed cores, would win. A machine of few cores tells more: with many,
+products of small weights are cut as finely as can be anyhow. --write puts what was found into
 plugins/linear/tuning.h, in the place of what that ISA and these layouts had there; variants change no result.
 """
 
@@ -95,9 +96,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.write and set(arguments.rows) < set(ROWS):
+        parser.error("--write replaces all that a layout has: it wants all --rows")
     entries: list[Entry] = []
     times: list[dict[str, Any]] = []
-    for layout, rows in product(arguments.layouts, arguments.rows):
+    for layout, rows in product(arguments.layouts, sorted(arguments.rows)):
         found: dict[tuple[int | str, int | str], dict[Variant, float]] = {}
         for (columns, panels), (n, k, gated) in SHAPES.items():
             found[columns, panels] = relative_times(arguments.isa, layout, rows, n, k, gated, arguments.turns)
@@ -112,7 +115,7 @@ def main() -> None:
         print(entry.line())
     if arguments.write:
         write(entries)
-    save(arguments.json, {"isa": arguments.isa, "threads": os.cpu_count(), "products": times})
+    save(arguments.json, {"isa": arguments.isa, "threads": num_threads(), "products": times})
 
 
 def best_isa() -> str:
@@ -123,6 +126,11 @@ def best_isa() -> str:
     if "avx512bw" in features:
         return "avx512-vnni" if "avx512vnni" in features else "avx512"
     return "avx2-vnni" if "avxvnni" in features else "avx2"
+
+
+def num_threads() -> int:
+    """As many as engines take."""
+    return min(256, len(os.sched_getaffinity(0)))
 
 
 def relative_times(isa: str, layout: str, rows: int, n: int, k: int, gated: bool, turns: int) -> dict[Variant, float]:
@@ -142,7 +150,7 @@ def relative_times(isa: str, layout: str, rows: int, n: int, k: int, gated: bool
     for _ in range(turns):
         random.shuffle(variants)
         seconds = {
-            variant: _core.run_calls(isa, calls[variant], arrays, {"num_tokens": rows}, os.cpu_count() or 1)
+            variant: _core.run_calls(isa, calls[variant], arrays, {"num_tokens": rows}, num_threads())
             for variant in variants
         }
         usual = statistics.median(seconds.values())
@@ -173,7 +181,6 @@ def call(isa: str, layout: str, n: int, k: int, gated: bool, variant: Variant) -
 def operands(layout: str, rows: int, n: int, k: int, weight_rows: int) -> dict[str, NDArray[Any]]:
     """Arrays of what `call` names: codes are random, all else is one."""
     stride = -(-k // 64) * 64
-    random_bytes = np.random.default_rng(0).integers(0, 128, LAYOUTS[f"{layout}.v0"].num_bytes(weight_rows, k))
     arrays: dict[str, NDArray[Any]] = {"out": np.zeros((rows, -(-n // 64) * 64), np.float32)}
     if layout.startswith("f32"):
         return arrays | {
@@ -184,7 +191,8 @@ def operands(layout: str, rows: int, n: int, k: int, weight_rows: int) -> dict[s
         one = np.uint16(0x3F80)
         return arrays | {"a": np.full((rows, stride), one), "weight": np.full(weight_rows * stride, one)}
     arrays |= {"a": np.ones((rows, stride), np.int8), "a_scale": np.ones(rows, np.float32)}
-    arrays["weight"] = random_bytes.astype(np.uint8)
+    weight_bytes = LAYOUTS[f"{layout}.v0"].num_bytes(weight_rows, k)
+    arrays["weight"] = np.random.default_rng(0).integers(0, 128, weight_bytes, np.uint8)
     if "int4" not in layout:
         ones = {"weight_scale": np.ones(weight_rows, np.float32), "weight_sum": np.ones(weight_rows, np.int32)}
         return arrays | ones
@@ -212,7 +220,7 @@ def chosen(
         )
     for entry in list(entries):
         rest = [other for other in entries if other is not entry]
-        if rest and all(first(rest, *key) == first(entries, *key) for key in found):
+        if all(first(rest, *key) == first(entries, *key) for key in (*found, (ANY, ANY))):
             entries = rest
     return entries
 

@@ -62,8 +62,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel walks. rows: tokens of a prefill program (decode: 0); keys: of a tile; in_shared: a prefill program
-    keeps its queries in shared memory, not in registers; slices: programs of attend_any that share a head's values."""
+    """How a kernel walks. rows: tokens of a program (decode: 0); keys: of a tile; in_shared: a program keeps its
+    queries in shared memory, not in registers; slices: programs of attend_any that share a head's values."""
 
     rows: int
     keys: int

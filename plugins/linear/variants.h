@@ -7,14 +7,17 @@
 #include <vector>
 
 #include "plugins/linear/tuning.h"
+#include "plugins/simd.h"
 
 namespace enginery::ENGINERY_ISA {
 
 // The variants of a product, each with the most rows that it is for, in order.
 using Variants = std::vector<std::pair<int64_t, Variant>>;
 
-// Without an entry: rows that are multiplied as fast as their weights come are left to the processor's prefetching.
-inline constexpr Variant kFewRows = {4, true, false}, kManyRows = {2, false, true};
+// Without an entry: rows that are multiplied as fast as their weights come are left to the processor's prefetching; and
+// of more rows as many are multiplied together as registers hold.
+inline constexpr Variant kOneRow = {4, true, false}, kTwoRows = {kLanes == 16 ? 4 : 2, true, false},
+                         kManyRows = {kLanes == 16 ? 2 : 1, false, true};
 
 #define ENGINERY_TEXT_OF(x) #x
 #define ENGINERY_TEXT(x) ENGINERY_TEXT_OF(x)
@@ -31,7 +34,7 @@ inline Variants find_variants(std::string_view layout, int64_t columns, int64_t 
             found.emplace_back(entry.most_rows, entry.variant);
         }
     }
-    if (found.empty()) found = {{2, kFewRows}};
+    if (found.empty()) found = {{1, kOneRow}, {2, kTwoRows}};
     if (found.back().first < kAnyNumber) found.emplace_back(kAnyNumber, kManyRows);
     return found;
 }

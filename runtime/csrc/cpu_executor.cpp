@@ -189,17 +189,20 @@ void CpuExecutor::map_rank(Rank& rank, size_t index) const {
     }
 }
 
-// Puts what the rank writes where its threads are. Its weights' file lies where it was read; a copy does as they do.
+// Puts what the rank writes where its threads are; but what one thread alone does lies where that touches it first. Its
+// weights' file lies where it was read; a copy does as the rest.
 void CpuExecutor::place_rank(Rank& rank) const {
-    std::vector<int> cpus = available_cpus();
+    rank.cpus = available_cpus();
     if (should_spin(pool_.num_threads())) {
-        cpus = {cpus.begin() + rank.first_thread, cpus.begin() + rank.first_thread + rank.num_threads};
+        const auto first = rank.cpus.begin() + rank.first_thread;
+        rank.cpus = std::vector<int>(first, first + rank.num_threads);
     }
-    rank.nodes = nodes_of_cpus(cpus);
-    for (const Mapping* memory : {&rank.arena, &rank.thread_buffers, &rank.scratch}) {
-        place_on_nodes(memory->data(), memory->bytes(), rank.nodes);
-    }
-    for (const Mapping& state : rank.state) place_on_nodes(state.data(), state.bytes(), rank.nodes);
+    const std::vector<int> nodes = nodes_of_cpus(rank.cpus);
+    place_on_nodes(rank.arena.data(), rank.arena.bytes(), nodes);
+    for (const Mapping& state : rank.state) place_on_nodes(state.data(), state.bytes(), nodes);
+    if (nodes.size() > 1) return;
+    place_on_nodes(rank.thread_buffers.data(), rank.thread_buffers.bytes(), nodes);
+    place_on_nodes(rank.scratch.data(), rank.scratch.bytes(), nodes);
 }
 
 BoundOperand CpuExecutor::bind_operand(const Rank& rank, size_t index, const OperandSpec& operand) const {
@@ -371,7 +374,7 @@ bool CpuExecutor::kept(int32_t row, int32_t wanted, std::vector<KeptLogit>& larg
 
 std::string CpuExecutor::settle_weights(const std::function<bool()>& stop) {
     std::vector<WeightFile> files;
-    for (Rank& rank : ranks_) files.push_back({&rank.weights, rank.nodes});
+    for (Rank& rank : ranks_) files.push_back({&rank.weights, rank.cpus});
     const auto bytes = memory();
     return enginery::settle_weights(files, spec_.weight_pages, bytes.at("activations") + bytes.at("state"), stop);
 }

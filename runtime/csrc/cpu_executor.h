@@ -43,7 +43,7 @@ class CpuExecutor : public Executor {
     struct Rank {
         int32_t first_thread = 0;
         int32_t num_threads = 0;
-        std::vector<int> nodes;  // of its threads' CPUs
+        std::vector<int> cpus;  // that its threads run on
         Mapping weights;
         Mapping arena;           // buffers that all threads share
         Mapping thread_buffers;  // num_threads copies of the others, thread_buffer_bytes apart

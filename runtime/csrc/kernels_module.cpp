@@ -211,15 +211,20 @@ double run_calls(const std::string& isa, const nb::list& calls, const nb::list& 
         team.scratch = scratch.data() + kThreadScratchBytes * thread;
         team.shared_scratch = scratch.data() + kThreadScratchBytes * num_threads;
         team.shared_scratch_bytes = kSharedScratchBytes;
-        barrier.wait();
-        const auto started = std::chrono::steady_clock::now();
-        for (const auto& one : bound) {
-            team.counter = &one->counter;
-            one->kernel->run(step, team);
+        try {
             barrier.wait();
+            const auto started = std::chrono::steady_clock::now();
+            for (const auto& one : bound) {
+                team.counter = &one->counter;
+                one->kernel->run(step, team);
+                barrier.wait();
+            }
+            const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - started;
+            if (thread == 0) seconds = passed.count();
+        } catch (...) {
+            barrier.fail();
+            throw;
         }
-        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - started;
-        if (thread == 0) seconds = passed.count();
     });
     return seconds;
 }

@@ -53,15 +53,15 @@ std::vector<int> nodes_of_cpus(const std::vector<int>& cpus, const std::string& 
     return nodes;
 }
 
-void place_on_nodes(void* data, int64_t bytes, const std::vector<int>& nodes) {
-    if (nodes.empty() || bytes <= 0) return;
+bool place_on_nodes(void* data, int64_t bytes, const std::vector<int>& nodes) {
+    if (nodes.empty() || bytes <= 0) return false;
     unsigned long mask[kMostNodes / kWordBits] = {};
     for (const int node : nodes) mask[node / kWordBits] |= 1UL << (node % kWordBits);
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
     const auto end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
     const long policy = nodes.size() == 1 ? MPOL_PREFERRED : MPOL_INTERLEAVE;
-    syscall(SYS_mbind, begin, end - begin, policy, mask, kMostNodes + 1, 0);
+    return syscall(SYS_mbind, begin, end - begin, policy, mask, kMostNodes + 1, 0) == 0;
 }
 
 }  // namespace enginery

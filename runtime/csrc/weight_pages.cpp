@@ -1,6 +1,7 @@
 #include "weight_pages.h"
 
 #include <emmintrin.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -41,13 +42,14 @@ class HugeMemory {
         munmap_if_any(static_cast<std::byte*>(whole), static_cast<size_t>(before));
         munmap_if_any(data_ + bytes, static_cast<size_t>(kHugePage - before));
         madvise(data_, bytes_, MADV_HUGEPAGE);
-        place_on_nodes(data_, bytes, nodes);
+        is_placed_ = place_on_nodes(data_, bytes, nodes);
     }
     ~HugeMemory() { munmap_if_any(data_, bytes_); }
     HugeMemory(const HugeMemory&) = delete;
     HugeMemory& operator=(const HugeMemory&) = delete;
 
     std::byte* data() const { return data_; }  // null where there is no memory
+    bool is_placed() const { return is_placed_; }
 
     // Puts the first `bytes` in the place of what is mapped at `place`, for reading. Where they were is anybody's then.
     bool move_to(std::byte* place, size_t bytes) {
@@ -65,6 +67,27 @@ class HugeMemory {
 
     std::byte* data_ = nullptr;
     size_t bytes_ = 0;
+    bool is_placed_ = false;
+};
+
+// While it lives, this thread runs on some CPUs alone, if it may.
+class RunningOn {
+  public:
+    explicit RunningOn(const std::vector<int>& cpus) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        for (const int cpu : cpus) CPU_SET(static_cast<size_t>(cpu), &set);
+        changed_ = sched_getaffinity(0, sizeof(before_), &before_) == 0 && sched_setaffinity(0, sizeof(set), &set) == 0;
+    }
+    ~RunningOn() {
+        if (changed_) sched_setaffinity(0, sizeof(before_), &before_);
+    }
+    RunningOn(const RunningOn&) = delete;
+    RunningOn& operator=(const RunningOn&) = delete;
+
+  private:
+    cpu_set_t before_;
+    bool changed_ = false;
 };
 
 using Pieces = std::vector<const std::byte*>;
@@ -98,12 +121,16 @@ struct Rates {
     double mapped = 0, huge = 0;
 };
 
-// Of pieces that lie evenly over the file; the best of some, in turn. Nothing is measured where there is no memory.
+bool has_several_memory_nodes() { return access("/sys/devices/system/node/node1", F_OK) == 0; }
+
+// Of pieces that lie evenly over the file, read from where it is served; the best of some, in turn. Nothing is measured
+// where there is no memory, or where of several nodes none can be chosen.
 Rates measure(const WeightFile& file, const std::function<bool()>& stop) {
     Rates rates;
     const Mapping& mapping = *file.mapping;
-    const HugeMemory memory(kSamplePieces * kHugePage, file.nodes);
-    if (memory.data() == nullptr) return rates;
+    const RunningOn running(file.cpus);
+    const HugeMemory memory(kSamplePieces * kHugePage, nodes_of_cpus(file.cpus));
+    if (memory.data() == nullptr || (has_several_memory_nodes() && !memory.is_placed())) return rates;
     Pieces mapped, huge;
     const int64_t places = mapping.bytes() / kHugePage;
     for (int64_t piece = 0; piece < kSamplePieces; ++piece) {
@@ -164,11 +191,12 @@ int64_t available_bytes() {
 // Replaces the pages of the file piece by piece, as long as `needed` bytes beside are there; the bytes that were.
 int64_t copy_to_huge_pages(const WeightFile& file, int64_t needed, const std::function<bool()>& stop) {
     const Mapping& mapping = *file.mapping;
+    const std::vector<int> nodes = nodes_of_cpus(file.cpus);
     const int64_t page = sysconf(_SC_PAGESIZE), bytes = mapping.bytes();
     int64_t done = 0;
     while (done < bytes && !stop() && available_bytes() >= needed + kPieceBytes) {
         const int64_t count = std::min(kPieceBytes, bytes - done);
-        HugeMemory memory(round_up_to(count, kHugePage), file.nodes);
+        HugeMemory memory(round_up_to(count, kHugePage), nodes);
         if (memory.data() == nullptr) break;
         std::memcpy(memory.data(), mapping.data() + done, static_cast<size_t>(count));
         if (!memory.move_to(mapping.data() + done, static_cast<size_t>(round_up_to(count, page)))) break;
@@ -197,6 +225,7 @@ std::string settle_weights(const std::vector<WeightFile>& files, WeightPages wan
     Rates rates;
     if (wanted == WeightPages::kAuto) {
         if (largest.mapping->bytes() < kLeastBytes) return "";
+        if (nodes_of_cpus(largest.cpus).size() > 1) return left + ", as their readers are on several memory nodes";
         rates = measure(largest, stop);
         if (stop()) return "";
         if (rates.huge <= 0 || rates.huge < kWorthIt * rates.mapped) return left + in_words(rates);

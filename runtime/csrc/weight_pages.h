@@ -15,10 +15,10 @@ namespace enginery {
 
 enum class WeightPages : uint8_t { kAuto, kMapped, kHuge };
 
-// A mapped file, and the memory nodes that a copy of it lies on (memory_nodes.h).
+// A mapped file, and the CPUs that read it: a copy lies on their memory nodes (memory_nodes.h).
 struct WeightFile {
     Mapping* mapping = nullptr;
-    std::vector<int> nodes;
+    std::vector<int> cpus;
 };
 
 // Settles it for all mapped files together, and says in words what it found and did; "" for less than is worth it.

@@ -33,6 +33,13 @@ def test_one_variant_for_all_but_those_who_gain(tune: Any) -> None:
     assert [tune.first(entries, *key) for key in found] == [a, b, a]
 
 
+def test_what_was_not_measured_has_the_usual_variant(tune: Any) -> None:
+    a, b = tune.Variant(2, False, True), tune.Variant(4, True, False)
+    found = {(1024, 256): {a: 1.0, b: 1.1}, (1024, tune.ANY): {a: 1.2, b: 1.0}, (tune.ANY, 256): {a: 1.0, b: 1.3}}
+    entries = tune.chosen("isa", "layout", 4, found)
+    assert tune.first(entries, tune.ANY, tune.ANY) == a
+
+
 def test_writing_replaces_what_was_measured_before(tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "tuning.h"
     table.write_text(tune.TABLE.read_text())
