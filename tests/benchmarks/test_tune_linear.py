@@ -35,7 +35,7 @@ def test_one_variant_for_all_but_those_who_gain(tune: Any) -> None:
 
 def test_what_was_not_measured_has_the_usual_variant(tune: Any) -> None:
     a, b = tune.Variant(2, False, True), tune.Variant(4, True, False)
-    found = {(1024, 256): {a: 1.0, b: 1.1}, (1024, tune.ANY): {a: 1.2, b: 1.0}, (tune.ANY, 256): {a: 1.0, b: 1.3}}
+    found = {(1024, 256): {a: 1.0, b: 1.1}, (1024, tune.ANY): {a: 1.0, b: 1.3}, (tune.ANY, 256): {a: 1.2, b: 1.0}}
     entries = tune.chosen("isa", "layout", 4, found)
     assert tune.first(entries, tune.ANY, tune.ANY) == a
 

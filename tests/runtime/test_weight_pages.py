@@ -48,6 +48,15 @@ def is_mapped(directory: Path) -> bool:
     return f"{directory.resolve()}/weights." in Path("/proc/self/maps").read_text()
 
 
+def flags_of_mapping(directory: Path) -> set[str]:
+    """VmFlags of this process's mapping of the weights' file."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if f"{directory.resolve()}/weights." in line:
+            return set(next(line for line in lines if line.startswith("VmFlags:")).split()[1:])
+    return set()
+
+
 def tokens(engine: Engine) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in engine.generate(PROMPTS, PARAMS)]
 
@@ -56,6 +65,13 @@ def tokens(engine: Engine) -> list[list[int]]:
 def wanted(large: Path) -> Iterator[list[list[int]]]:
     with Engine.load(large, weight_pages="mapped", enable_prefix_caching=False) as engine:
         yield tokens(engine)
+
+
+def test_a_mapping_asks_for_huge_pages(large: Path) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    with Engine.load(large, weight_pages="mapped"):
+        assert "hg" in flags_of_mapping(large)
 
 
 def test_copied_under_steps_that_go_on(large: Path, wanted: list[list[int]]) -> None:
