@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-stories" / "model"
+_CHUNK = 1 << 22
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
@@ -123,17 +124,20 @@ def make_checkpoint(shape: str, directory: Path) -> Path:
         entries[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [position, end]}
         position = end
     header = json.dumps(entries).encode()
-    # One block of noise is used again and again: the kernels cannot tell, and a gigabyte is written in a second.
-    noise = (generator.standard_normal(1 << 22, np.float32) * np.float32(0.02)).view(np.uint32) >> np.uint32(16)
-    ones = np.full(1 << 16, 0x3F80, np.uint16)
+    # No tensor repeats another, or a part of itself: engines and hosts keep equal weights once, and caches hold them.
+    values = (generator.standard_normal(1 << 16, np.float32) * np.float32(0.02)).view(np.uint32) >> np.uint32(16)
+    noise, ones = values.astype(np.uint16), np.full(_CHUNK, 0x3F80, np.uint16)
     with open(directory / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, size in tensor_shapes(config):
-            block = ones if "norm" in name else noise.astype(np.uint16)
             remaining = int(np.prod(size))
             while remaining > 0:
-                file.write(block[:remaining].tobytes())
-                remaining -= len(block)
+                count = min(remaining, _CHUNK)
+                block = (
+                    ones[:count] if "norm" in name else noise[generator.integers(1 << 16, size=count, dtype=np.uint16)]
+                )
+                file.write(block.tobytes())
+                remaining -= count
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / name, directory / name)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))

@@ -56,14 +56,15 @@ def main() -> None:
     save(arguments.json, result)
 
 
-def built_engine(shape: str, precision: str) -> Path:
+def built_engine(shape: str, precision: str, cache: str = "auto") -> Path:
     """An engine of a random checkpoint, built unless it is there already."""
     work = ROOT / "build" / "benchmarks"
-    engine = work / f"{shape}.{precision}"
+    engine = work / f"{shape}.{precision}.{cache}"
     if not (engine / "manifest.json").exists():
         checkpoint = make_checkpoint(shape, work / shape)
         command = [str(Path(sys.executable).parent / "build-engine"), str(checkpoint), "-o", str(engine)]
-        subprocess.run([*command, "--precision", precision], check=True, capture_output=True)
+        command += ["--precision", precision, "--kv-cache-dtype", cache]
+        subprocess.run(command, check=True, capture_output=True)
     return engine
 
 

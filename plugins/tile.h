@@ -36,7 +36,7 @@ struct TileArguments {
     void* out;                       // [R][out_stride] of the sum's type; panel p at columns 16 p
     int64_t out_stride;              // elements
     const float* factors = nullptr;  // [R], for kScaleAdd
-    // Panels that will be multiplied next: with every step, a step of each is brought to the L2 cache.
+    // What will be read next: with every step, as much as a panel's step of each is brought to the L2 cache.
     const std::byte* ahead[kMostPanels];
     int num_ahead = 0;
 };
@@ -57,7 +57,8 @@ static void multiply_tile(const TileArguments& t) {
         for (int p = 0; p < P; ++p) panels[p] = t.segments[s].panels[p];
         const int64_t steps = t.segments[s].steps;
         for (int64_t step = 0; step < steps; ++step) {
-            for (int i = 0; i < t.num_ahead; ++i) prefetch(t.ahead[i] + step * kPanelStep);
+            const int64_t bytes_before = (a - t.activations) / kActivationStep * kPanelStep;
+            for (int i = 0; i < t.num_ahead; ++i) prefetch(t.ahead[i] + bytes_before);
             typename Dot::Weight weights[kVecs];
 #pragma GCC unroll 16
             for (int v = 0; v < kVecs; ++v) {
@@ -127,12 +128,13 @@ class RowTiles {
     int64_t rows_, tiles_;
 };
 
-// Rows 0 .. rows - 1 by P panels.
+// Rows 0 .. rows - 1 by P panels. What is ahead comes with the first tile.
 template <class Dot, Finish finish>
 static void multiply_rows(TileArguments t, int64_t rows, int panels) {
     for (RowTiles tiles(rows, most_rows<Dot>(panels)); tiles.left() > 0;) {
         const int64_t count = tiles.next();
         kTiles<Dot, finish>[static_cast<size_t>(panels)][static_cast<size_t>(count)](t);
+        t.num_ahead = 0;
         t.activations += count * t.activation_stride;
         t.out = static_cast<typename Dot::Element*>(t.out) + count * t.out_stride;
         if (t.factors != nullptr) t.factors += count;

@@ -27,6 +27,14 @@ struct QueryTile {
     int64_t num_splits() const { return last_key / kSplitKeys - first_split() + 1; }
 };
 
+// What a thread does at a time: a tile and a KV head, all of the context or one of several splits of it.
+struct Unit {
+    QueryTile tile;
+    int64_t head = 0, split = 0, splits = 1;
+    int64_t pair = 0;        // its number among all (tile, KV head) pairs
+    int64_t first_slot = 0;  // of the pair's rows of partial results
+};
+
 class Attention : public Kernel {
   public:
     Domain domain = Domain::kTokens;
@@ -42,31 +50,56 @@ class Attention : public Kernel {
     bool wants_shared_scratch() const override { return true; }
 
     void run(const Step& step, const Team& team) override {
-        const bool in_splits = choose_splits(step, team);
-        int64_t unit = team.counter->fetch_add(1, std::memory_order_relaxed);
-        int64_t tile_begin = 0;  // first unit of the tile
-        int64_t pair_begin = 0;  // first of its (tile, KV head) pairs
-        int64_t slot_begin = 0;  // first of its rows of partial results
-        for (QueryTile tile; next_tile(step, tile);) {
-            const int64_t splits = in_splits ? tile.num_splits() : 1;
-            const int64_t tile_end = tile_begin + num_kv_heads * splits;
-            const int64_t rows = (tile.end - tile.begin) * heads_together;
-            while (unit < tile_end) {
-                const int64_t head = (unit - tile_begin) / splits, split = (unit - tile_begin) % splits;
-                if (splits == 1) {
-                    run_whole(step, team, tile, head);
-                } else {
-                    run_split(step, team, tile, head, split, pair_begin + head, slot_begin + head * splits * rows);
-                }
-                unit = team.counter->fetch_add(1, std::memory_order_relaxed);
+        Units units(*this, step, team);
+        Unit unit, next;
+        for (bool more = units.take(unit); more; unit = next) {
+            more = units.take(next);
+            const KeyTile after = more ? first_keys(step, next) : KeyTile();
+            if (unit.splits == 1) {
+                run_whole(step, team, unit, after);
+            } else {
+                run_split(step, team, unit, after);
             }
-            tile_begin = tile_end;
-            pair_begin += num_kv_heads;
-            slot_begin += num_kv_heads * splits * rows;
         }
     }
 
   private:
+    // All units in their order, of which each thread takes the next that nobody has.
+    class Units {
+      public:
+        Units(const Attention& attention, const Step& step, const Team& team)
+            : attention_(attention),
+              step_(step),
+              counter_(*team.counter),
+              in_splits_(attention.choose_splits(step, team)) {}
+
+        // Whether there is one.
+        bool take(Unit& unit) {
+            const int64_t number = counter_.fetch_add(1, std::memory_order_relaxed), heads = attention_.num_kv_heads;
+            while (number >= end_) {
+                pairs_ += (end_ - begin_) / splits_;
+                slots_ += (end_ - begin_) * attention_.rows_of(tile_);
+                if (!attention_.next_tile(step_, tile_)) return false;
+                splits_ = in_splits_ ? tile_.num_splits() : 1;
+                begin_ = end_;
+                end_ += heads * splits_;
+            }
+            const int64_t head = (number - begin_) / splits_, split = (number - begin_) % splits_;
+            const int64_t rows = attention_.rows_of(tile_);
+            unit = {tile_, head, split, splits_, pairs_ + head, slots_ + head * splits_ * rows};
+            return true;
+        }
+
+      private:
+        const Attention& attention_;
+        const Step& step_;
+        std::atomic<int64_t>& counter_;
+        bool in_splits_;
+        // The tile of the last that was taken, its units' numbers, and how many pairs and slots the tiles before had.
+        QueryTile tile_;
+        int64_t splits_ = 1, begin_ = 0, end_ = 0, pairs_ = 0, slots_ = 0;
+    };
+
     int64_t token_of(const Step& step, int64_t row) const { return domain == Domain::kTokens ? row : step.rows[row]; }
 
     bool next_tile(const Step& step, QueryTile& tile) const {
@@ -96,12 +129,13 @@ class Attention : public Kernel {
         for (QueryTile tile; next_tile(step, tile);) {
             units += num_kv_heads;
             if (units >= kUnitsPerThread * team.num_threads) return false;
-            rows += num_kv_heads * tile.num_splits() * (tile.end - tile.begin) * heads_together;
+            rows += num_kv_heads * tile.num_splits() * rows_of(tile);
             most_splits = std::max(most_splits, tile.num_splits());
         }
         return most_splits > 1 && rows * partial_row_bytes() <= team.shared_scratch_bytes;
     }
 
+    int64_t rows_of(const QueryTile& tile) const { return (tile.end - tile.begin) * heads_together; }
     int64_t tile_rows() const { return tile_tokens * heads_together; }
     // Of one row of partial results: its sums of values, and its state.
     int64_t partial_row_bytes() const { return cache.value_dim * 4 + int64_t{sizeof(RowState)}; }
@@ -137,27 +171,42 @@ class Attention : public Kernel {
         }
     }
 
-    void attend(const Step& step, const TileScratch& s, const QueryTile& tile, const Visible* visible, int64_t head,
-                int64_t split) const {
+    Context context_of(const Step& step, const QueryTile& tile, int64_t head) const {
         const GroupStep& group = step.groups[static_cast<size_t>(state.group)];
-        const Context context{&state, &cache, group.block_table + int64_t{tile.sequence} * group.max_blocks, head};
-        const TileShape shape{(tile.end - tile.begin) * heads_together, heads_together, visible};
+        return {&state, &cache, group.block_table + int64_t{tile.sequence} * group.max_blocks, head};
+    }
+
+    KeyTile keys_at(const Step& step, const QueryTile& tile, int64_t head, int64_t split) const {
+        const int64_t begin = std::max(split * kSplitKeys, tile.first_key) / kKeyTile * kKeyTile;
+        return find_keys(context_of(step, tile, head), begin, tile.first_key, tile.last_key);
+    }
+
+    KeyTile first_keys(const Step& step, const Unit& unit) const {
+        return keys_at(step, unit.tile, unit.head, unit.tile.first_split() + unit.split);
+    }
+
+    void attend(const Step& step, const TileScratch& s, const QueryTile& tile, const Visible* visible, int64_t head,
+                int64_t split, const KeyTile& after) const {
+        const Context context = context_of(step, tile, head);
+        const TileShape shape{rows_of(tile), heads_together, visible};
         if (cache.type == CacheType::kF32) {
-            attend_split<DotF32>(rule, shape, context, s, split, tile.first_key, tile.last_key);
+            attend_split<DotF32>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
         } else {
-            attend_split<DotBf16>(rule, shape, context, s, split, tile.first_key, tile.last_key);
+            attend_split<DotBf16>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
         }
     }
 
-    void run_whole(const Step& step, const Team& team, const QueryTile& tile, int64_t head) const {
+    void run_whole(const Step& step, const Team& team, const Unit& unit, const KeyTile& after) const {
         Visible visible[kMostTileTokens];
-        const TileScratch s = prepare(step, team, tile, head, visible);
-        const int64_t rows = (tile.end - tile.begin) * heads_together;
-        for (int64_t split = 0; split < tile.num_splits(); ++split) {
-            attend(step, s, tile, visible, head, tile.first_split() + split);
-            combine(s, rows, split, s.states, s.values);
+        const QueryTile& tile = unit.tile;
+        const TileScratch s = prepare(step, team, tile, unit.head, visible);
+        const int64_t first = tile.first_split(), splits = tile.num_splits();
+        for (int64_t split = 0; split < splits; ++split) {
+            const KeyTile next = split + 1 < splits ? keys_at(step, tile, unit.head, first + split + 1) : after;
+            attend(step, s, tile, visible, unit.head, first + split, next);
+            combine(s, rows_of(tile), split, s.states, s.values);
         }
-        write_out(team, s, tile, head);
+        write_out(team, s, tile, unit.head);
     }
 
     // The first split is taken as it is, the others are added to it.
@@ -174,27 +223,28 @@ class Attention : public Kernel {
         }
     }
 
-    void run_split(const Step& step, const Team& team, const QueryTile& tile, int64_t head, int64_t split, int64_t pair,
-                   int64_t first_row) {
+    void run_split(const Step& step, const Team& team, const Unit& unit, const KeyTile& after) {
         Visible visible[kMostTileTokens];
-        const TileScratch s = prepare(step, team, tile, head, visible);
-        const int64_t rows = (tile.end - tile.begin) * heads_together;
-        const auto slot_values = [&](int64_t number) {
-            return reinterpret_cast<float*>(team.shared_scratch + (first_row + number * rows) * partial_row_bytes());
+        const QueryTile& tile = unit.tile;
+        const TileScratch s = prepare(step, team, tile, unit.head, visible);
+        const int64_t rows = rows_of(tile);
+        const auto slot_values = [&](int64_t split) {
+            return reinterpret_cast<float*>(team.shared_scratch +
+                                            (unit.first_slot + split * rows) * partial_row_bytes());
         };
-        const auto slot_states = [&](int64_t number) {
-            return reinterpret_cast<RowState*>(slot_values(number) + rows * cache.value_dim);
+        const auto slot_states = [&](int64_t split) {
+            return reinterpret_cast<RowState*>(slot_values(split) + rows * cache.value_dim);
         };
-        attend(step, s, tile, visible, head, tile.first_split() + split);
-        std::memcpy(slot_values(split), s.values, static_cast<size_t>(rows * cache.value_dim) * sizeof(float));
-        std::memcpy(slot_states(split), s.states, static_cast<size_t>(rows) * sizeof(RowState));
-        std::atomic<int32_t>& done = splits_done[static_cast<size_t>(pair)];
-        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.num_splits()) return;
+        attend(step, s, tile, visible, unit.head, tile.first_split() + unit.split, after);
+        std::memcpy(slot_values(unit.split), s.values, static_cast<size_t>(rows * cache.value_dim) * sizeof(float));
+        std::memcpy(slot_states(unit.split), s.states, static_cast<size_t>(rows) * sizeof(RowState));
+        std::atomic<int32_t>& done = splits_done[static_cast<size_t>(unit.pair)];
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < unit.splits) return;
         done.store(0, std::memory_order_relaxed);
-        for (int64_t number = 0; number < tile.num_splits(); ++number) {
-            combine(s, rows, number, slot_states(number), slot_values(number));
+        for (int64_t split = 0; split < unit.splits; ++split) {
+            combine(s, rows, split, slot_states(split), slot_values(split));
         }
-        write_out(team, s, tile, head);
+        write_out(team, s, tile, unit.head);
     }
 
     void write_out(const Team& team, const TileScratch& s, const QueryTile& tile, int64_t head) const {

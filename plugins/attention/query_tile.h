@@ -77,44 +77,52 @@ struct TileShape {
     const Visible* visible;
 };
 
-// Keys first .. last - 1 of a tile, by 16s: their panels, ready to multiply.
+// Keys of a tile, by 16s: their panels, ready to multiply, or for int8 where they lie.
 struct KeyTile {
     int64_t base = 0;                     // position of the first key looked at, a multiple of 16
     int64_t groups = 0;                   // of 16 keys
     int64_t count = 0;                    // keys that exist, from base on
     const std::byte* keys[kKeyGroups];    // a panel each
     const std::byte* values[kKeyGroups];  // the first panel of each
-    bool has_scales = false;
 };
 
-// Values and keys of int8 are the same whole numbers in bf16.
-ENGINERY_INLINE void widen_bytes(const std::byte* from, std::byte* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        store_bf16(reinterpret_cast<uint16_t*>(to) + i, load_i8(reinterpret_cast<const int8_t*>(from) + i));
-    }
-}
-
 // Finds the keys of the tile at `tile_base` that lie within first .. last.
-static inline KeyTile find_keys(const Context& context, const TileScratch& s, int64_t tile_base, int64_t first,
-                                int64_t last) {
+static inline KeyTile find_keys(const Context& context, int64_t tile_base, int64_t first, int64_t last) {
     const HeadCache& cache = *context.cache;
     KeyTile tile;
     tile.base = std::max(tile_base, first / 16 * 16);
     const int64_t end = std::min(tile_base + kKeyTile, last + 1);
     tile.count = end - tile.base;
     tile.groups = (tile.count + 15) / 16;
-    tile.has_scales = cache.type == CacheType::kI8;
     for (int64_t g = 0; g < tile.groups; ++g) {
         const int64_t position = tile.base + 16 * g;
         const int64_t offset = position % cache.block_size;
         const std::byte* block = context.block_of(position);
         tile.keys[g] = block + offset * cache.head_dim * cache.element_bytes;
         tile.values[g] = block + cache.values_begin() + offset * cache.value_dim * cache.element_bytes;
-        if (!tile.has_scales) continue;
+    }
+    return tile;
+}
+
+// Values and keys of int8 are the same whole numbers in bf16. `ahead` is as long as `from`, or null.
+ENGINERY_INLINE void widen_bytes(const std::byte* from, std::byte* to, int64_t count, const std::byte* ahead) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        if (ahead != nullptr && i % 64 == 0) prefetch(ahead + i);
+        store_bf16(reinterpret_cast<uint16_t*>(to) + i, load_i8(reinterpret_cast<const int8_t*>(from) + i));
+    }
+}
+
+// A tile of int8, and its scales, in scratch. What lies in `next` comes near meanwhile.
+static inline KeyTile widen_keys(const Context& context, const TileScratch& s, KeyTile tile, const KeyTile& next) {
+    const HeadCache& cache = *context.cache;
+    for (int64_t g = 0; g < tile.groups; ++g) {
+        const int64_t position = tile.base + 16 * g;
+        const int64_t offset = position % cache.block_size;
+        const std::byte* block = context.block_of(position);
         std::byte* keys = s.keys_bf16 + g * 16 * cache.head_dim * 2;
         std::byte* values = s.values_bf16 + g * 16 * cache.value_dim * 2;
-        widen_bytes(tile.keys[g], keys, 16 * cache.head_dim);
-        widen_bytes(tile.values[g], values, 16 * cache.value_dim);
+        widen_bytes(tile.keys[g], keys, 16 * cache.head_dim, g < next.groups ? next.keys[g] : nullptr);
+        widen_bytes(tile.values[g], values, 16 * cache.value_dim, g < next.groups ? next.values[g] : nullptr);
         tile.keys[g] = keys;
         tile.values[g] = values;
         for (int64_t i = 0; i < 16; i += kLanes) {
@@ -126,7 +134,8 @@ static inline KeyTile find_keys(const Context& context, const TileScratch& s, in
 }
 
 template <class Dot>
-static void score_keys(const TileShape& shape, const HeadCache& cache, const TileScratch& s, const KeyTile& tile) {
+static void score_keys(const TileShape& shape, const HeadCache& cache, const TileScratch& s, const KeyTile& tile,
+                       const KeyTile& next) {
     TileArguments t;
     Segment segment;
     t.activation_stride = cache.head_dim * 4 / cache.packed();
@@ -138,6 +147,10 @@ static void score_keys(const TileShape& shape, const HeadCache& cache, const Til
     for (int64_t group = 0; group < tile.groups; group += kPanelsTogether) {
         const int panels = static_cast<int>(std::min<int64_t>(kPanelsTogether, tile.groups - group));
         for (int p = 0; p < panels; ++p) segment.panels[p] = tile.keys[group + p];
+        t.num_ahead = 0;
+        for (int64_t g = group; g < std::min(group + kPanelsTogether, next.groups); ++g) {
+            t.ahead[t.num_ahead++] = next.keys[g];
+        }
         t.activations = s.queries;
         t.out = s.scores + group * 16;
         multiply_rows<Dot, Finish::kStore>(t, shape.rows, panels);
@@ -151,13 +164,14 @@ static inline void weigh_scores(const ScoreRule& rule, const TileShape& shape, c
     for (int64_t r = 0; r < shape.rows; ++r) {
         float* scores = s.scores + r * kKeyTile;
         s.factors[r] = softmax_step(rule, shape.visible[r / shape.heads], static_cast<int32_t>(tile.base), count,
-                                    tile.has_scales ? s.key_scales : nullptr, scores, s.states[r]);
+                                    cache.type == CacheType::kI8 ? s.key_scales : nullptr, scores, s.states[r]);
         if (cache.type == CacheType::kF32) continue;
         auto* weights = reinterpret_cast<uint16_t*>(s.weights) + r * kKeyTile;
         for (int64_t i = 0; i < count; i += kLanes) {
             VecF weight = load(scores + i);
             // Slots that hold no key may hold any scale, NaN too.
-            if (tile.has_scales) weight = select(less(zero(), weight), weight * load(s.value_scales + i), zero());
+            if (cache.type == CacheType::kI8)
+                weight = select(less(zero(), weight), weight * load(s.value_scales + i), zero());
             store_bf16(weights + i, weight);
         }
     }
@@ -187,7 +201,8 @@ static inline int cut_values(const HeadCache& cache, const TileScratch& s, const
 }
 
 template <class Dot>
-static void add_values(const TileShape& shape, const HeadCache& cache, const TileScratch& s, const KeyTile& tile) {
+static void add_values(const TileShape& shape, const HeadCache& cache, const TileScratch& s, const KeyTile& tile,
+                       const KeyTile& next) {
     TileArguments t;
     Segment segments[kKeyGroups + 1];
     t.activation_stride = kKeyTile * 4 / cache.packed();
@@ -195,9 +210,16 @@ static void add_values(const TileShape& shape, const HeadCache& cache, const Til
     t.panel_step = cache.value_dim * 4;
     t.out_stride = cache.value_dim;
     const int64_t all_panels = cache.value_dim / 16;
+    const int64_t group_bytes = 16 * cache.value_dim * cache.element_bytes;
+    const int64_t part_bytes = group_bytes * kKeyGroups / all_panels;  // what a full tile brings of each that is ahead
     for (int64_t panel = 0; panel < all_panels; panel += kPanelsTogether) {
         const int panels = static_cast<int>(std::min<int64_t>(kPanelsTogether, all_panels - panel));
         t.num_segments = cut_values(cache, s, tile, panel, panels, segments);
+        t.num_ahead = 0;
+        for (int64_t part = panel; part < panel + panels; ++part) {
+            const int64_t begin = part * part_bytes, group = begin / group_bytes;
+            if (group < next.groups) t.ahead[t.num_ahead++] = next.values[group] + begin % group_bytes;
+        }
         t.activations = cache.type == CacheType::kF32 ? reinterpret_cast<const std::byte*>(s.scores) : s.weights;
         t.out = s.values + panel * 16;
         t.factors = s.factors;
@@ -205,20 +227,26 @@ static void add_values(const TileShape& shape, const HeadCache& cache, const Til
     }
 }
 
-// Attends to the keys of split number `split` that lie within first .. last: states and values of `s`.
+// Attends to the keys of split number `split` that lie within first .. last: states and values of `s`. Those of the
+// next tile come near meanwhile, at the end those of `after`.
 template <class Dot>
 static void attend_split(const ScoreRule& rule, const TileShape& shape, const Context& context, const TileScratch& s,
-                         int64_t split, int64_t first, int64_t last) {
+                         int64_t split, int64_t first, int64_t last, const KeyTile& after) {
     const HeadCache& cache = *context.cache;
     for (int64_t r = 0; r < shape.rows; ++r) s.states[r] = RowState{};
     std::memset(s.values, 0, static_cast<size_t>(shape.rows * cache.value_dim) * sizeof(float));
     const int64_t begin = std::max(split * kSplitKeys, first) / kKeyTile * kKeyTile;
     const int64_t end = std::min((split + 1) * kSplitKeys, last + 1);
+    KeyTile tile = find_keys(context, begin, first, last);
     for (int64_t base = begin; base < end; base += kKeyTile) {
-        const KeyTile tile = find_keys(context, s, base, first, last);
-        score_keys<Dot>(shape, cache, s, tile);
-        weigh_scores(rule, shape, cache, s, tile);
-        add_values<Dot>(shape, cache, s, tile);
+        const KeyTile next = base + kKeyTile < end ? find_keys(context, base + kKeyTile, first, last) : after;
+        const bool is_int8 = cache.type == CacheType::kI8;
+        const KeyTile ready = is_int8 ? widen_keys(context, s, tile, next) : tile;
+        const KeyTile ahead = is_int8 ? KeyTile() : next;
+        score_keys<Dot>(shape, cache, s, ready, ahead);
+        weigh_scores(rule, shape, cache, s, ready);
+        add_values<Dot>(shape, cache, s, ready, ahead);
+        tile = next;
     }
 }
 

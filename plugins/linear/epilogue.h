@@ -84,21 +84,8 @@ static void keep_row(const Epilogue& e, const Element* sums, int64_t row, int64_
 // Rows first_row .. first_row + rows - 1 of 16 columns of out, from the sums [rows][sums_stride] of their panel; where
 // it is one of gates, ups are the sums of the panel after it.
 template <class Element>
-static void finish_tile(const Epilogue& e, const Element* sums, const Element* ups, int64_t sums_stride,
-                        int64_t first_row, int64_t rows, int64_t panel) {
-    if (e.keep != nullptr) {
-        Epilogue whole = e;  // of rows that are written
-        whole.keep = nullptr;
-        for (int64_t r = 0; r < rows; ++r) {
-            const Element* from = sums + r * sums_stride;
-            if (e.keep[first_row + r] > 0) {
-                keep_row(e, from, first_row + r, panel);
-            } else {
-                finish_tile(whole, from, ups, sums_stride, first_row + r, 1, panel);
-            }
-        }
-        return;
-    }
+static void write_rows(const Epilogue& e, const Element* sums, const Element* ups, int64_t sums_stride,
+                       int64_t first_row, int64_t rows, int64_t panel) {
     const bool gated = e.gate != Activation::kNone;
     const int64_t first_column = (gated ? panel / 2 : panel) * kPanelLanes;
     for (int v = 0; v < kPanelVecs; ++v) {
@@ -119,6 +106,21 @@ static void finish_tile(const Epilogue& e, const Element* sums, const Element* u
     }
     if (first_column + kPanelLanes >= e.columns) {
         for (int64_t r = 0; r < rows; ++r) zero_padding(e.out + (first_row + r) * e.stride, e.columns);
+    }
+}
+
+// The same where some rows are kept instead of written.
+template <class Element>
+static void finish_tile(const Epilogue& e, const Element* sums, const Element* ups, int64_t sums_stride,
+                        int64_t first_row, int64_t rows, int64_t panel) {
+    if (e.keep == nullptr) return write_rows(e, sums, ups, sums_stride, first_row, rows, panel);
+    for (int64_t r = 0; r < rows; ++r) {
+        const Element* from = sums + r * sums_stride;
+        if (e.keep[first_row + r] > 0) {
+            keep_row(e, from, first_row + r, panel);
+        } else {
+            write_rows(e, from, ups, sums_stride, first_row + r, 1, panel);
+        }
     }
 }
 

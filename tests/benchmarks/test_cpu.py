@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import checkpoints
 from benchmarks.checkpoints import SHAPES
 from benchmarks.cpu import quiet, serving, setup, tokenizer, turns
 from benchmarks.cpu.drive import Task, measure
@@ -29,6 +30,18 @@ def run_of(engine: str, number: int = 0, group: str = "core", version: str = "1"
     document = {"engine": engine, "version": version, "group": group, "round": number, "values": {"decode b1": 30.0}}
     document |= {"before": LIMITS, "after": LIMITS, "others": 0.0}
     return Run(**(document | more))  # type: ignore[arg-type]
+
+
+def test_no_weight_of_a_random_checkpoint_repeats_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    monkeypatch.setitem(checkpoints.SHAPES, "small", SHAPE | sizes | {"num_attention_heads": 4})
+    monkeypatch.setattr(checkpoints, "_CHUNK", 1 << 12)
+    data = (checkpoints.make_checkpoint("small", tmp_path) / "model.safetensors").read_bytes()
+    values = data[8 + int.from_bytes(data[:8], "little") :]
+    parts = [values[begin : begin + 64] for begin in range(0, len(values), 64)]
+    weights = [part for part in parts if part != b"\x80\x3f" * 32]
+    assert len(weights) > 1000
+    assert len(set(weights)) == len(weights)
 
 
 def test_roofs_are_those_of_the_notes() -> None:
