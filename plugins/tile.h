@@ -57,8 +57,9 @@ static void multiply_tile(const TileArguments& t) {
         for (int p = 0; p < P; ++p) panels[p] = t.segments[s].panels[p];
         const int64_t steps = t.segments[s].steps;
         for (int64_t step = 0; step < steps; ++step) {
-            const int64_t bytes_before = (a - t.activations) / kActivationStep * kPanelStep;
-            for (int i = 0; i < t.num_ahead; ++i) prefetch(t.ahead[i] + bytes_before);
+            for (int i = 0; i < t.num_ahead; ++i) {
+                prefetch(t.ahead[i] + (a - t.activations) * (kPanelStep / kActivationStep));
+            }
             typename Dot::Weight weights[kVecs];
 #pragma GCC unroll 16
             for (int v = 0; v < kVecs; ++v) {

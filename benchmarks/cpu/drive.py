@@ -94,6 +94,13 @@ def measure_cells(task: Task, cells: tuple[Cell, ...]) -> tuple[dict[str, float]
     return values, failures
 
 
+def ask(task: Task, options: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a worker of its own to one request. Raises Failed."""
+    with _worker(task, "measure", options) as worker:
+        ready = worker.answer(task.deadline)
+        return ready if "error" in ready else worker.ask(request, task.deadline)
+
+
 def measure_load(task: Task) -> dict[str, float]:
     """Process start to first token, and to the end of the process: the files out of the page cache, then in it."""
     evict([task.model, python(task.engine).parents[1] / "lib"])
@@ -134,13 +141,11 @@ def _serve(task: Task) -> dict[str, float]:
 
 
 def _serve_in_process(task: Task, cells: tuple[Cell, ...]) -> dict[str, float]:
-    with _worker(task, "measure", task.options(cells)) as worker:
-        ready = worker.answer(task.deadline)
-        answer = ready if "error" in ready else worker.ask(_request(cells[0]), task.deadline)
-        if "error" in answer:
-            raise Failed(answer["error"])
-        streams = [Stream(times[0], times[1:], CLIENT_OUTPUT) for times in answer["streams"]]
-        return summary(streams, CLIENTS, CLIENT_OUTPUT)
+    answer = ask(task, task.options(cells), _request(cells[0]))
+    if "error" in answer:
+        raise Failed(answer["error"])
+    streams = [Stream(times[0], times[1:], CLIENT_OUTPUT) for times in answer["streams"]]
+    return summary(streams, CLIENTS, CLIENT_OUTPUT)
 
 
 def _request(cell: Cell) -> dict[str, Any]:

@@ -30,18 +30,21 @@ def converted(engine: Engine, shape: str, precision: str) -> Path:
     stamp = directory.with_name(directory.name + ".version")
     if stamp.is_file() and stamp.read_text() == version(engine):
         return directory
+    say(f"{engine.name}: converting {shape} to {precision}")
+    convert(engine, checkpoint(shape), directory, precision)
+    stamp.write_text(version(engine))
+    return directory
+
+
+def convert(engine: Engine, source: Path, directory: Path, precision: str) -> Path:
+    """Makes the engine's model of a checkpoint anew. Raises Unavailable."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{engine.name}: converting {shape} to {precision}")
-    command = [python(engine), WORKERS / f"{engine.worker}.py", "convert", checkpoint(shape), directory, precision]
+    command = [python(engine), WORKERS / f"{engine.worker}.py", "convert", source, directory, precision]
+    log = WORK / "logs" / f"convert.{engine.folder}.{directory.parent.name}.{precision}.log"
     try:
-        run(
-            command,
-            WORK / "logs" / f"convert.{engine.folder}.{shape}.{precision}.log",
-            env=environment(engine, os.cpu_count() or 1),
-        )
+        run(command, log, env=environment(engine, os.cpu_count() or 1))
     except Unavailable:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    stamp.write_text(version(engine))
     return directory

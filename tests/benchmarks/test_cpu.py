@@ -8,11 +8,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import checkpoints
 from benchmarks.checkpoints import SHAPES
-from benchmarks.cpu import quiet, serving, setup, tokenizer, turns
+from benchmarks.cpu import quality, quiet, serving, setup, tokenizer, turns
 from benchmarks.cpu.drive import Task, measure
 from benchmarks.cpu.engines import CLASSES, ENGINES, OURS, Engine
 from benchmarks.cpu.picture import draw
@@ -258,6 +261,33 @@ def test_a_worker_answers_fails_and_ends(tmp_path: Path, monkeypatch: pytest.Mon
     assert failures["decode b8"] == "RuntimeError: eight are too many"
     assert "ended with 3" in failures["decode b32"]
     assert set(failures) == {"decode b8", "decode b32", "peak RSS"}
+
+
+def test_logprobs_become_a_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(setup.WORKERS)
+    worker = importlib.import_module("worker")
+    logits = np.log([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]) + 7.0
+    values = worker.log_softmax_at(logits, [1, 0])
+    assert values == pytest.approx(np.log([0.25, 0.125]))
+    made = worker.Worker()
+    monkeypatch.setattr(made, "logprobs", lambda prompt: values[: len(prompt) - 1], raising=False)
+    request = {"kind": "perplexity", "prompts": [[0, 1, 0], [0, 1, 0]]}
+    assert made.answer(request)["value"] == pytest.approx(np.sqrt(4 * 8))
+    with pytest.raises(RuntimeError):  # a token has none
+        made.answer({"kind": "perplexity", "prompts": [[0, 1, 0, 1]]})
+
+
+def test_quality_is_measured_on_a_copy_in_bf16(tmp_path: Path) -> None:
+    values = torch.cat([torch.randn(512), torch.tensor([1.00390625, 1.01171875, -0.0, 3e38])])  # two ties
+    (tmp_path / "model").mkdir()
+    save_file({"a": values, "b": values.bfloat16()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 400, "rope_parameters": {"rope_theta": 5.0}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    copy = quality.copy_in_bf16(tmp_path / "model", tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    assert all(torch.equal(tensor, values.bfloat16()) for tensor in (tensors["a"], tensors["b"]))
+    written = json.loads((copy / "config.json").read_text())
+    assert (written["rope_theta"], written["head_dim"]) == (5.0, 16)
 
 
 def test_decode_counts_while_all_sequences_decode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,10 @@ class CTranslate2(Worker):
         )
         return times
 
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        (result,) = self._generator.score_batch([[self._tokens[token] for token in prompt]])
+        return list(result.log_probs)
+
     def encode(self, text: str) -> list[int]:
         """It brings no tokenizer; of those that its documentation uses, this one loads fastest."""
         from tokenizers import Tokenizer

@@ -53,6 +53,15 @@ class Enginery(Worker):
         ids: list[int] = self._engine.encode(text)
         return ids
 
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        from enginery import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self._engine.generate([prompt], params)
+        assert output.prompt_logprobs is not None
+        entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        return [entry[token].logprob for entry, token in entries if entry is not None]
+
     def server(self, model: Path, options: Options) -> None:
         knobs = {
             "port": options.port,

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Times, Worker, main
+from worker import Options, Prompts, Times, Worker, log_softmax_at, main
 
 # A short prompt is measured so often, in one process.
 _REPEATS = {512: 5, 2048: 2}
@@ -56,7 +56,7 @@ class Llama(Worker):
         flags = [part for name, value in sizes.items() for part in (f"-{name}", str(value))]
         command = [_program("llama-batched-bench"), "-m", self._model, *flags]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows = table_rows(answer.stdout)
+        rows = table_rows(f"{answer.stdout}\n{answer.stderr}")  # llama.cpp prints it, ik_llama.cpp logs it
         if answer.returncode or len(rows) != len(lengths):
             raise RuntimeError(f"llama-batched-bench: {(answer.stderr or answer.stdout).strip()[-300:]}")
         return rows
@@ -70,6 +70,17 @@ class Llama(Worker):
         options = {"n_threads": self.options.threads, "n_ctx": self.options.context, "verbose": False}
         self._binding = Binding(self._model, **options)
         return list(self._binding.tokenize(text.encode()))
+
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        if self._binding is None:
+            from llama_cpp import Llama as Binding
+
+            self._binding = Binding(
+                self._model, n_threads=self.options.threads, n_ctx=len(prompt), logits_all=True, verbose=False
+            )
+        self._binding.reset()
+        self._binding.eval(prompt)
+        return log_softmax_at(self._binding.scores[: len(prompt) - 1], prompt[1:])
 
     def generate(self, prompts: Prompts, output: int) -> Times:
         started = time.perf_counter()

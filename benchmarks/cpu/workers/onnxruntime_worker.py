@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Times, Worker, main
+from worker import Options, Prompts, Times, Worker, log_softmax_at, main
 
 
 class OnnxRuntime(Worker):
@@ -43,6 +43,18 @@ class OnnxRuntime(Worker):
             generator.generate_next_token()
             steps.append(time.perf_counter() - started)
         return [steps] * len(prompts)
+
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        import numpy as np
+
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, batch_size=1, max_length=len(prompt) + 1)
+        generator = self._genai.Generator(self._model, params)
+        rows = []
+        for token in prompt[:-1]:  # the model gives logits of the last token only
+            generator.append_tokens(np.array([[token]], np.int32))
+            rows.append(np.array(generator.get_logits()).reshape(-1))
+        return log_softmax_at(rows, prompt[1:])
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._genai.Tokenizer(self._model).encode(text).tolist()

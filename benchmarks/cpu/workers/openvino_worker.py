@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Times, Worker, main
+from worker import Options, Prompts, Times, Worker, log_softmax_at, main
 
 _KV_GIB = 2
 
@@ -34,6 +34,7 @@ class OpenVino(Worker):
         properties = {"INFERENCE_NUM_THREADS": options.threads, "PERFORMANCE_HINT": "LATENCY"}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
         self._requests = 0
+        self._model, self._request = model, None
 
     def add(self, prompt: list[int], output: int) -> Any:
         """A request's handle."""
@@ -57,6 +58,26 @@ class OpenVino(Worker):
             for handle, sequence in zip(handles, times, strict=True):
                 sequence.extend([time.perf_counter() - started] * read_tokens(handle))
         return times
+
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        """By the model that the pipeline is made of, which gives all logits."""
+        import numpy as np
+        import openvino
+
+        if self._request is None:
+            properties = {"INFERENCE_NUM_THREADS": self.options.threads, "PERFORMANCE_HINT": "LATENCY"}
+            compiled = openvino.Core().compile_model(self._model / "openvino_model.xml", "CPU", properties)
+            self._request = compiled.create_infer_request()
+        self._request.reset_state()
+        length = len(prompt)
+        inputs = {
+            "input_ids": np.array([prompt], np.int64),
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(length, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        logits = self._request.infer(inputs)[0]
+        return log_softmax_at(logits[0, :-1], prompt[1:])
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._pipeline.get_tokenizer().encode(text).input_ids.data[0].tolist()

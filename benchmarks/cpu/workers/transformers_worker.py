@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Options, Prompts, Times, Worker, main
+from worker import Options, Prompts, Times, Worker, log_softmax_at, main
 
 
 class Transformers(Worker):
@@ -47,6 +47,11 @@ class Transformers(Worker):
                 stopping_criteria=StoppingCriteriaList([on_token]),
             )
         return [steps] * len(prompts)
+
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        with self._torch.inference_mode():
+            logits = self._model(self._torch.tensor([prompt])).logits[0, :-1].float().numpy()
+        return log_softmax_at(logits, prompt[1:])
 
     def encode(self, text: str) -> list[int]:
         from transformers import AutoTokenizer

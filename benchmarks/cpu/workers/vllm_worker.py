@@ -92,6 +92,14 @@ class Vllm(Worker):
                 times[int(made.request_id.split("-")[0])].extend([time.perf_counter() - started] * new)
         return times
 
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        from vllm import SamplingParams, TokensPrompt
+
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self._llm.generate([TokensPrompt(prompt_token_ids=prompt)], params, use_tqdm=False)
+        entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        return [entry[token].logprob for entry, token in entries]
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._llm.get_tokenizer().encode(text)
         return ids

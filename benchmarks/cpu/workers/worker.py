@@ -6,12 +6,14 @@
     python X_worker.py server MODEL OPTIONS                   becomes the engine's own server
 
 OPTIONS is JSON (see Options). A request is {"kind": "prefill" | "decode" | …, "batch": …, "input": …, "output": …}; its
-answer {"value": tokens/s} or {"error": …}. After the last one comes {"peak_rss_bytes": …}.
+answer {"value": tokens/s} or {"error": …}; {"kind": "perplexity", "prompts": [token ids, …]} has that as its value.
+After the last one comes {"peak_rss_bytes": …}.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -77,8 +79,21 @@ class Worker:
         """Replaces this process by the engine's own server."""
         raise NotImplementedError
 
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        """Natural logarithms of the probabilities of a prompt's tokens, but for its first."""
+        raise NotImplementedError
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """To a request."""
+        if request["kind"] == "perplexity":
+            values = [value for prompt in request["prompts"] for value in self.logprobs(prompt)]
+            if len(values) != sum(len(prompt) - 1 for prompt in request["prompts"]):
+                raise RuntimeError(f"{len(values)} logprobs came")
+            return {"value": math.exp(-statistics.fmean(values))}
+        return self.measure(request)
+
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request."""
+        """The answer to a request for a cell."""
         kind, batch, length, output = (request[name] for name in ("kind", "batch", "input", "output"))
         if kind == "prefill":
             return {"value": median(lambda: length / self.times(1, length, 1)[0][0])}
@@ -109,6 +124,17 @@ class Worker:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         own = int(fields["VmHWM"].split()[0])
         return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+
+
+def log_softmax_at(logits: Any, tokens: list[int]) -> list[float]:
+    """logits: [len(tokens), vocab], an array. Of each row the logarithm of one token's probability."""
+    import numpy as np
+
+    rows = np.asarray(logits, np.float64)
+    largest = rows.max(1)
+    totals = np.log(np.exp(rows - largest[:, None]).sum(1)) + largest
+    values: list[float] = (rows[np.arange(len(tokens)), tokens] - totals).tolist()
+    return values
 
 
 def decode_rate(times: Times) -> float:
@@ -149,7 +175,7 @@ def main(worker: Worker) -> None:
     answer({"ready": True})
     for line in sys.stdin:
         with _failures(answer):
-            answer(worker.measure(json.loads(line)))
+            answer(worker.answer(json.loads(line)))
     answer({"peak_rss_bytes": worker.peak_rss_bytes()})
 
 
