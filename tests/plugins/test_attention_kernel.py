@@ -195,6 +195,14 @@ def test_is_the_same_in_chunks_and_on_several_threads(isa: str, kernels: Any, dt
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_contexts_of_several_sequences_are_split_apart(isa: str, kernels: Any, dtype: str) -> None:
+    scene = Scene(kernels, dtype, [1300, 700, 1100], [1, 2, 1], heads=6, head_dim=24)
+    whole = scene.run(isa)
+    for num_threads in (2, 3, 2):
+        np.testing.assert_array_equal(scene.run(isa, num_threads=num_threads), whole)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_rows_that_ask_alone_get_the_same(isa: str, kernels: Any, dtype: str) -> None:
     scene = Scene(kernels, dtype, [90, 20, 700], [40, 20, 3], rot_dim=16)
     rows = np.array([0, 7, 39, 40, 59, 62], np.int32)
