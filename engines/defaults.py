@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # A CPU server does best with small steps: long chunks of prompts would stop everybody's stream (DESIGN section 6).
 MAX_NUM_BATCHED_TOKENS = 128
+# Of prompts beside sequences that decode: enough rows to keep the cores busy, few enough to keep the streams steady.
+MIXED_PROMPT_TOKENS = 48
 MAX_NUM_SEQS = 64
 
 # A GPU reads its weights once for a step, however many tokens it has.

@@ -18,6 +18,7 @@ from ..engines.defaults import (
     GPU_MEMORY_UTILIZATION,
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
+    MIXED_PROMPT_TOKENS,
 )
 from ..engines.errors import EngineryError
 from ..engines.sizes import parse_bytes
@@ -135,7 +136,8 @@ def _require_host(context: click.Context, param: click.Parameter, value: str) ->
 @click.option(
     "--max-num-batched-tokens",
     type=_POSITIVE,
-    help=f"Tokens of one step. [default: {MAX_NUM_BATCHED_TOKENS}, on a GPU {CUDA_MAX_NUM_BATCHED_TOKENS}]",
+    help=f"Tokens of one step. [default: {MAX_NUM_BATCHED_TOKENS}, of prompts {MIXED_PROMPT_TOKENS} "
+    f"beside sequences that decode; on a GPU {CUDA_MAX_NUM_BATCHED_TOKENS}]",
 )
 @click.option(
     "--enable-prefix-caching/--no-enable-prefix-caching",

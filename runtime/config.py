@@ -12,6 +12,7 @@ from ..engines.defaults import (
     GPU_MEMORY_UTILIZATION,
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
+    MIXED_PROMPT_TOKENS,
 )
 from ..engines.errors import EngineryError, faults
 from ..engines.sizes import parse_bytes
@@ -27,7 +28,8 @@ class EngineConfig:
 
     max_model_len            tokens of prompt and output together, at most the model's
     max_num_seqs             sequences that run at once
-    max_num_batched_tokens   tokens of one step
+    max_num_batched_tokens   tokens of one step; on a CPU by default 128, of prompts 48 (or twice as many as
+                             decode) beside others that decode
     kv_cache_memory_bytes    state of all ranks together; a number, or text such as "4GiB"
     gpu_memory_utilization   on a GPU: the share of its memory that all of the engine may take
     gpus                     of each rank the number of its GPU, as the driver counts them; ranks may share one
@@ -101,6 +103,10 @@ class EngineConfig:
         return self.max_num_batched_tokens or (
             CUDA_MAX_NUM_BATCHED_TOKENS if target.is_cuda else MAX_NUM_BATCHED_TOKENS
         )
+
+    def mixed_prompt_tokens(self, target: Target) -> int:
+        """Prompt tokens of a step in which others decode; 0 = all that fit, as where the size of a step is given."""
+        return 0 if target.is_cuda or self.max_num_batched_tokens else MIXED_PROMPT_TOKENS
 
     @property
     def gpu_share(self) -> float:

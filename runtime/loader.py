@@ -186,6 +186,7 @@ def loop_config(plan: Plan, max_model_len: int, target: Target, config: EngineCo
         "max_model_len": max_model_len,
         "max_num_seqs": config.sequences(target),
         "max_num_batched_tokens": config.batched_tokens(target),
+        "mixed_prompt_tokens": config.mixed_prompt_tokens(target),
         "enable_prefix_caching": config.enable_prefix_caching,
         "capacity_scheduler_policy": config.capacity_scheduler_policy,
         "rope_threshold": min(plan.prefix_key.threshold, (1 << 31) - 1),

@@ -174,6 +174,7 @@ LoopConfig read_loop_config(nb::handle values) {
     fields.required("max_model_len", config.max_model_len);
     fields.required("max_num_seqs", config.max_num_seqs);
     fields.required("max_num_batched_tokens", config.max_num_batched_tokens);
+    fields.optional("mixed_prompt_tokens", config.mixed_prompt_tokens);
     fields.optional("enable_prefix_caching", config.enable_prefix_caching);
     fields.optional("capacity_scheduler_policy", config.capacity_scheduler_policy);
     fields.optional("expected_output_tokens", config.expected_output_tokens);

@@ -34,6 +34,7 @@ struct LoopConfig {
     int32_t max_model_len = 0;           // tokens of prompt and output together
     int32_t max_num_seqs = 0;            // sequences that run at once
     int32_t max_num_batched_tokens = 0;  // tokens of a step
+    int32_t mixed_prompt_tokens = 0;     // of them prompts' at most, where others decode (scheduler.h); 0 = all
     bool enable_prefix_caching = true;
     std::string capacity_scheduler_policy = "guaranteed_no_evict";  // or "max_utilization"
     int32_t expected_output_tokens = 256;  // of an open-ended request, until others like it have ended

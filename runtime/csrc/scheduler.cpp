@@ -71,9 +71,14 @@ void Scheduler::fill_step() {
 
     prefill_left_ = tokens_left_;
     if (!chunks_.empty() && tokens_left_ > 0) {
-        const int64_t pending = pending_prefill_tokens(int64_t{8} * tokens_left_);
-        const int64_t num_steps = std::max<int64_t>(1, (pending + tokens_left_ - 1) / tokens_left_);
-        prefill_left_ = static_cast<int32_t>(std::min<int64_t>(tokens_left_, (pending + num_steps - 1) / num_steps));
+        int64_t most = tokens_left_;
+        if (settings_.mixed_prompt_tokens > 0) {
+            const auto num_decodes = static_cast<int64_t>(chunks_.size());
+            most = std::min(most, std::max<int64_t>(settings_.mixed_prompt_tokens, 2 * num_decodes));
+        }
+        const int64_t pending = pending_prefill_tokens(8 * most);
+        const int64_t num_steps = std::max<int64_t>(1, (pending + most - 1) / most);
+        prefill_left_ = static_cast<int32_t>(std::min(most, (pending + num_steps - 1) / num_steps));
     }
     schedule_prefills();
     admit_waiting();

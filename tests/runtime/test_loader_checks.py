@@ -73,6 +73,7 @@ def test_every_knob_reaches_the_core(two_ranks: Path) -> None:
         "max_model_len": 200,
         "max_num_seqs": 3,
         "max_num_batched_tokens": 50,
+        "mixed_prompt_tokens": 0,
         "enable_prefix_caching": False,
         "capacity_scheduler_policy": "max_utilization",
         "rope_threshold": 0,
@@ -82,6 +83,7 @@ def test_every_knob_reaches_the_core(two_ranks: Path) -> None:
     assert {name: given.spec[name] for name in wanted} == wanted
     assert [len(given.spec[name]) for name in ("ranks", "groups", "num_blocks")] == [2, 2, 2]
     assert settings(two_ranks, max_num_seqs=60, max_num_batched_tokens=7).spec["max_tokens"] == 60
+    assert settings(two_ranks).config["mixed_prompt_tokens"] == 48
 
 
 def test_the_length_is_the_builds_choice_until_somebody_gives_another(two_ranks: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,6 +130,7 @@ machines = st.fixed_dictionaries(
         "max_rows": st.integers(1, 10),
         "max_num_seqs": st.integers(1, 6),
         "max_num_batched_tokens": st.integers(1, 12),
+        "mixed_prompt_tokens": st.integers(0, 6),
         "enable_prefix_caching": st.booleans(),
         "max_preemptions": st.integers(0, 3),
         "expected_output_tokens": st.integers(0, 12),
@@ -262,6 +264,14 @@ def test_a_prompt_beside_decodes_is_cut_into_like_chunks() -> None:
         chunks.append(after - before - 4)
         before = after
     assert chunks == [9, 9, 8]
+
+
+@pytest.mark.parametrize(("num_decodes", "chunks"), [(1, [6, 5, 5, 5, 5]), (5, [9, 9, 8])])
+def test_a_prompt_beside_decodes_takes_no_more_than_a_mixed_step_may(num_decodes: int, chunks: list[int]) -> None:
+    core = busy_core(num_decodes, max_num_batched_tokens=16, mixed_prompt_tokens=6)
+    core.submit({"prompt_token_ids": [1] * 26, "max_tokens": 300})
+    used = [core.stats()["groups"][0]["used_blocks"], *(blocks_per_step(core)[: len(chunks)])]
+    assert [after - before - num_decodes for before, after in pairwise(used)] == chunks
 
 
 def test_a_prompt_alone_takes_the_whole_step() -> None:
