@@ -2,7 +2,8 @@
 //
 // Decode tokens come first, one of each sequence, then chunks of prompts in order of arrival. While a prompt waits,
 // decode leaves it a quarter of the step; while decode runs, prompts are cut into chunks of like size, and of no more
-// than mixed_prompt_tokens, so that the streams that run see steady steps. Admission is first come, first served, and nobody overtakes, so nobody starves.
+// than mixed_prompt_tokens, so that the streams that run see steady steps. Admission is first come, first served, and
+// nobody overtakes, so nobody starves.
 //
 // A request is expected to take its max_tokens; one that is open-ended, as many as others like it took lately. If that
 // is exceeded and blocks run out, the youngest gives way, under either policy.
@@ -26,7 +27,7 @@ enum class CapacityPolicy : uint8_t {
 struct SchedulerSettings {
     int32_t max_num_seqs = 0;
     int32_t max_num_batched_tokens = 0;
-    // Prompt tokens of a step in which sequences decode, or twice as many as decode; 0: as many as the step has room for.
+    // Prompt tokens of a step in which sequences decode, or twice as many as decode; 0: all that the step has room for.
     int32_t mixed_prompt_tokens = 0;
     int32_t max_rows = 0;
     CapacityPolicy policy = CapacityPolicy::kGuaranteedNoEvict;

