@@ -40,11 +40,9 @@ def main() -> None:
         for precision_class in classes:
             results = Results(arguments.out / f"cpu.{name}.{precision_class}.json")
             if not arguments.table:
-                results.header = {
-                    "machine": describe(),
-                    "threads": arguments.threads,
-                    "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
-                }
+                command = " ".join(["python -m benchmarks.cpu", *sys.argv[1:]])
+                commands = dict.fromkeys([*results.header.get("commands", []), command])
+                results.header = {"machine": describe(), "threads": arguments.threads, "commands": list(commands)}
                 tasks = _tasks(engines, name, precision_class, arguments.threads, results)
                 if arguments.setup:
                     continue

@@ -1,10 +1,11 @@
 """What each engine's quantization costs a trained model: its perplexity against that of fp32, on the same tokens.
 
     python -m benchmarks.cpu.quality [--classes 8-bit 4-bit] [--json FILE]
-    python -m benchmarks.cpu.quality --model CHECKPOINT --text FILE
+    python -m benchmarks.cpu.quality --model CHECKPOINT --text FILE [--calibrate FILE]
 
 By default the repository's own model on stories that it has not been trained on. Every engine gets the checkpoint in
-bf16 and the same windows of tokens, and is configured as where its speed is measured.
+bf16 and the same windows of tokens, and is configured as where its speed is measured. <|endoftext|> in a text parts its
+documents; before each comes the beginning-of-sequence token where the model has one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..machine import save
 from .drive import Failed, Task, ask
 from .engines import CLASSES, ENGINES, OURS
 from .models import convert
-from .setup import WORK, Unavailable, say, set_up, version
+from .setup import WORK, Unavailable, run, say, set_up, version
 from .tokenizer import write_tokenizer
 
 WINDOW = 256
@@ -45,10 +46,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=100, help=f"of {WINDOW} tokens")
     parser.add_argument("--classes", nargs="+", choices=CLASSES, default=["8-bit", "4-bit"], metavar="CLASS")
     parser.add_argument("--engines", nargs="+", choices=[engine.folder for engine in ENGINES], metavar="ENGINE")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="measures enginery calibrated with this too")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    text = arguments.text.read_text() if arguments.text else stories()
-    tokens = Tokenizer.from_file(str(arguments.model / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    tokens = tokens_of(arguments.model, arguments.text.read_text() if arguments.text else stories())
     windows = [tokens[begin : begin + WINDOW] for begin in range(0, len(tokens) - WINDOW + 1, WINDOW)]
     windows = windows[: arguments.windows]
     work = WORK / "quality" / arguments.model.resolve().name
@@ -67,15 +68,38 @@ def main() -> None:
             precision = engine.precisions[precision_class]
             try:
                 set_up(engine)
-                model = convert(engine, checkpoint, work / f"{engine.folder}.{precision}", precision)
-                got = perplexity(Task(engine, model, precision, 0, 2, _DEADLINE), windows)
+                models = {"": convert(engine, checkpoint, work / f"{engine.folder}.{precision}", precision)}
+                if engine.name == OURS and arguments.calibrate:
+                    # In its own tokenizer: the copy's knows no text.
+                    options = ["--precision", precision, "--calibrate", str(arguments.calibrate)]
+                    models[", calibrated"] = work / f"calibrated.{precision}"
+                    build([str(arguments.model), "-o", str(models[", calibrated"]), *options])
+                for how, model in models.items():
+                    got = perplexity(Task(engine, model, precision, 0, 2, _DEADLINE), windows)
+                    change = 100 * (got / exact - 1)
+                    name = f"{engine.name}{how}"
+                    changes.setdefault(precision_class, {})[f"{name} {version(engine)}"] = round(change, 3)
+                    print(f"{precision_class:8}{name:24}{precision:10}{change:+8.3f} %", flush=True)
             except (Unavailable, Failed) as error:
                 say(f"{engine.name}, {precision_class}: {error}")
-                continue
-            change = 100 * (got / exact - 1)
-            changes.setdefault(precision_class, {})[f"{engine.name} {version(engine)}"] = round(change, 3)
-            print(f"{precision_class:8}{engine.name:20}{precision:10}{change:+8.3f} %", flush=True)
     save(arguments.json, {"windows": len(windows), "perplexity_fp32": exact, "change_percent": changes})
+
+
+def build(arguments: list[str]) -> None:
+    """An engine by the user's command. Raises Unavailable."""
+    command = [Path(sys.executable).parent / "build-engine", *arguments]
+    run(command, WORK / "logs" / "quality.build-engine.log")
+
+
+def tokens_of(model: Path, text: str) -> list[int]:
+    """Of all documents, one after the other."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    begin = json.loads((model / "config.json").read_text()).get("bos_token_id")
+    tokens: list[int] = []
+    for document in filter(None, (part.strip() for part in text.split("<|endoftext|>"))):
+        tokens += [begin] if isinstance(begin, int) else []
+        tokens += tokenizer.encode(document, add_special_tokens=False).ids
+    return tokens
 
 
 def stories() -> str:
@@ -84,7 +108,7 @@ def stories() -> str:
     from stories import draw_scene, story
 
     draw = random.Random("quality")
-    return "\n".join(story(draw, draw_scene(draw)) for _ in range(_STORIES))
+    return "<|endoftext|>".join(story(draw, draw_scene(draw)) for _ in range(_STORIES))
 
 
 def perplexity(task: Task, windows: list[list[int]]) -> float:

@@ -110,7 +110,7 @@ def _notes(results: Results, groups: list[str], precision_class: str) -> list[st
         f"Medians of up to {rounds} rounds, all engines in turn; bold is the best rival, ratio what we are to it "
         "(more is better), roof what the machine could do by its limits probed right before and after our runs.",
         f"Machine: {header.get('machine', {}).get('cpu')}, {header.get('threads')} threads; enginery "
-        f"{_versions(results, OURS)}; by `{header.get('command')}`.",
+        f"{_versions(results, OURS)}; by {', '.join(f'`{command}`' for command in header.get('commands', []))}.",
         "Versions: "
         + ", ".join(f"{name} {_versions(results, name)}" for name in results.engines() if name != OURS)
         + ".",

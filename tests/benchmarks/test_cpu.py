@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from benchmarks import checkpoints
 from benchmarks.checkpoints import SHAPES
@@ -131,7 +132,7 @@ def test_busy_seconds_leave_out_idle_and_waiting() -> None:
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
     results = Results(tmp_path / "results.json")
-    results.header = {"machine": {"cpu": "a machine"}, "threads": 2, "command": "python -m benchmarks.cpu"}
+    results.header = {"machine": {"cpu": "a machine"}, "threads": 2, "commands": ["python -m benchmarks.cpu"]}
     results.missing = {"CTranslate2": "no such package"}
     for number, rate in enumerate((58.0, 60.0, 64.0)):
         results.add(run_of(OURS, number, values={"decode b1": rate, "peak RSS": 600.0, "prefill 512": 800.0}))
@@ -277,6 +278,15 @@ def test_logprobs_become_a_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
         made.answer({"kind": "perplexity", "prompts": [[0, 1, 0, 1]]})
 
 
+@pytest.mark.parametrize(("config", "begin"), [({"bos_token_id": 1}, [1]), ({"bos_token_id": None}, []), ({}, [])])
+def test_documents_begin_as_the_model_has_learned(config: dict[str, object], begin: list[int], tmp_path: Path) -> None:
+    copy = tmp_path / "tokenizer.json"
+    copy.write_bytes((checkpoints.TOKENIZER / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    one, two = (Tokenizer.from_file(str(copy)).encode(text, add_special_tokens=False).ids for text in ("One.", "Two."))
+    assert quality.tokens_of(tmp_path, "One.\n<|endoftext|>\n<|endoftext|> Two.") == [*begin, *one, *begin, *two]
+
+
 def test_quality_is_measured_on_a_copy_in_bf16(tmp_path: Path) -> None:
     values = torch.cat([torch.randn(512), torch.tensor([1.00390625, 1.01171875, -0.0, 3e38])])  # two ties
     (tmp_path / "model").mkdir()
@@ -308,8 +318,6 @@ def test_llama_cpps_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_tokenizer_has_every_token_once_and_reads_back_what_it_wrote(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     tokenizer.write_tokenizer(tmp_path, 2000)
     loaded = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert loaded.get_vocab_size() == 2000
