@@ -73,8 +73,10 @@ class Llama(Worker):
 
     def logprobs(self, prompt: list[int]) -> list[float]:
         if self._binding is None:
-            from llama_cpp import Llama as Binding
-
+            try:
+                from llama_cpp import Llama as Binding
+            except ImportError:
+                raise RuntimeError("it has no Python binding to ask for logits") from None
             self._binding = Binding(
                 self._model, n_threads=self.options.threads, n_ctx=len(prompt), logits_all=True, verbose=False
             )
