@@ -47,6 +47,8 @@ def main() -> None:
     sizes = {"max_num_seqs": 1 if contexts else max(BATCHES), "max_model_len": max([*contexts, *PREFILLS]) + 2 * PROMPT}
     before = probe(threads)
     with enginery.Engine.load(engine, **sizes, enable_prefix_caching=False) as loaded:
+        loaded.generate([[3, 4, 5]], SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False))
+        loaded.wait_until_settled()  # nothing copies weights beside what is measured
         if contexts:
             rates = measure_contexts(loaded, shape["vocab_size"], contexts, arguments.repeats)
         else:
