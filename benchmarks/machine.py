@@ -51,7 +51,9 @@ def describe() -> dict[str, Any]:
 def save(path: Path | None, result: dict[str, Any]) -> None:
     """Writes a result, with the machine and the command that gave it, if it is wanted."""
     if path is not None:
-        command = ["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
+        spec = sys.modules["__main__"].__spec__
+        script = ["-m", spec.name] if spec else [str(Path(sys.argv[0]).resolve().relative_to(ROOT))]
+        command = ["python", *script, *sys.argv[1:]]
         path.write_text(json.dumps(result | {"machine": describe(), "command": " ".join(command)}, indent=1) + "\n")
 
 

@@ -5,7 +5,8 @@
 
 By default the repository's own model on stories that it has not been trained on. Every engine gets the checkpoint in
 bf16 and the same windows of tokens, and is configured as where its speed is measured. <|endoftext|> in a text parts its
-documents; before each comes the beginning-of-sequence token where the model has one.
+documents; before each comes the beginning-of-sequence token where the model has one. Calibrated engines are built of
+the checkpoint itself, whose tokenizer the text needs.
 """
 
 from __future__ import annotations
@@ -70,7 +71,6 @@ def main() -> None:
                 set_up(engine)
                 models = {"": convert(engine, checkpoint, work / f"{engine.folder}.{precision}", precision)}
                 if engine.name == OURS and arguments.calibrate:
-                    # In its own tokenizer: the copy's knows no text.
                     options = ["--precision", precision, "--calibrate", str(arguments.calibrate)]
                     models[", calibrated"] = work / f"calibrated.{precision}"
                     build([str(arguments.model), "-o", str(models[", calibrated"]), *options])

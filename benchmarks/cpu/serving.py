@@ -41,7 +41,10 @@ def measure_server(
     port = _free_port()
     log = WORK / "logs" / f"server.{os.path.basename(command(port)[1])}.log"
     with open(log, "w") as file:
-        process = subprocess.Popen(command(port), stdout=file, stderr=file, env=environment, process_group=0)
+        # ik_llama.cpp's writes a log of its own to where it is started.
+        process = subprocess.Popen(
+            command(port), stdout=file, stderr=file, env=environment, cwd=log.parent, process_group=0
+        )
     try:
         _wait_until_ready(process, port, deadline)
         clients, length, output = load

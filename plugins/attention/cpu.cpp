@@ -177,8 +177,8 @@ class Attention : public Kernel {
     }
 
     KeyTile keys_at(const Step& step, const QueryTile& tile, int64_t head, int64_t split) const {
-        const int64_t begin = std::max(split * kSplitKeys, tile.first_key) / kKeyTile * kKeyTile;
-        return find_keys(context_of(step, tile, head), begin, tile.first_key, tile.last_key);
+        return find_keys(context_of(step, tile, head), first_tile(split, tile.first_key), tile.first_key,
+                         tile.last_key);
     }
 
     KeyTile first_keys(const Step& step, const Unit& unit) const {

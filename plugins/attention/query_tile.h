@@ -79,12 +79,19 @@ struct TileShape {
 
 // Keys of a tile, by 16s: their panels, ready to multiply, or for int8 where they lie.
 struct KeyTile {
-    int64_t base = 0;                     // position of the first key looked at, a multiple of 16
-    int64_t groups = 0;                   // of 16 keys
-    int64_t count = 0;                    // keys that exist, from base on
-    const std::byte* keys[kKeyGroups];    // a panel each
-    const std::byte* values[kKeyGroups];  // the first panel of each
+    int64_t base = 0;                        // position of the first key looked at, a multiple of 16
+    int64_t groups = 0;                      // of 16 keys
+    int64_t count = 0;                       // keys that exist, from base on
+    const std::byte* keys[kKeyGroups];       // a panel each
+    const std::byte* values[kKeyGroups];     // the first panel of each
+    const uint16_t* key_scales[kKeyGroups];  // of int8: of 16 keys, and of their values
+    const uint16_t* value_scales[kKeyGroups];
 };
+
+// Position of the first tile of split number `split`, of keys from `first` on.
+inline int64_t first_tile(int64_t split, int64_t first) {
+    return std::max(split * kSplitKeys, first) / kKeyTile * kKeyTile;
+}
 
 // Finds the keys of the tile at `tile_base` that lie within first .. last.
 static inline KeyTile find_keys(const Context& context, int64_t tile_base, int64_t first, int64_t last) {
@@ -100,6 +107,9 @@ static inline KeyTile find_keys(const Context& context, int64_t tile_base, int64
         const std::byte* block = context.block_of(position);
         tile.keys[g] = block + offset * cache.head_dim * cache.element_bytes;
         tile.values[g] = block + cache.values_begin() + offset * cache.value_dim * cache.element_bytes;
+        if (cache.type != CacheType::kI8) continue;
+        tile.key_scales[g] = cache.key_scales(block) + offset;
+        tile.value_scales[g] = cache.value_scales(block) + offset;
     }
     return tile;
 }
@@ -113,12 +123,8 @@ ENGINERY_INLINE void widen_bytes(const std::byte* from, std::byte* to, int64_t c
 }
 
 // A tile of int8, and its scales, in scratch. What lies in `next` comes near meanwhile.
-static inline KeyTile widen_keys(const Context& context, const TileScratch& s, KeyTile tile, const KeyTile& next) {
-    const HeadCache& cache = *context.cache;
+static inline KeyTile widen_keys(const HeadCache& cache, const TileScratch& s, KeyTile tile, const KeyTile& next) {
     for (int64_t g = 0; g < tile.groups; ++g) {
-        const int64_t position = tile.base + 16 * g;
-        const int64_t offset = position % cache.block_size;
-        const std::byte* block = context.block_of(position);
         std::byte* keys = s.keys_bf16 + g * 16 * cache.head_dim * 2;
         std::byte* values = s.values_bf16 + g * 16 * cache.value_dim * 2;
         widen_bytes(tile.keys[g], keys, 16 * cache.head_dim, g < next.groups ? next.keys[g] : nullptr);
@@ -126,8 +132,8 @@ static inline KeyTile widen_keys(const Context& context, const TileScratch& s, K
         tile.keys[g] = keys;
         tile.values[g] = values;
         for (int64_t i = 0; i < 16; i += kLanes) {
-            store(s.key_scales + 16 * g + i, load_f16(cache.key_scales(block) + offset + i));
-            store(s.value_scales + 16 * g + i, load_f16(cache.value_scales(block) + offset + i));
+            store(s.key_scales + 16 * g + i, load_f16(tile.key_scales[g] + i));
+            store(s.value_scales + 16 * g + i, load_f16(tile.value_scales[g] + i));
         }
     }
     return tile;
@@ -235,13 +241,13 @@ static void attend_split(const ScoreRule& rule, const TileShape& shape, const Co
     const HeadCache& cache = *context.cache;
     for (int64_t r = 0; r < shape.rows; ++r) s.states[r] = RowState{};
     std::memset(s.values, 0, static_cast<size_t>(shape.rows * cache.value_dim) * sizeof(float));
-    const int64_t begin = std::max(split * kSplitKeys, first) / kKeyTile * kKeyTile;
+    const int64_t begin = first_tile(split, first);
     const int64_t end = std::min((split + 1) * kSplitKeys, last + 1);
     KeyTile tile = find_keys(context, begin, first, last);
     for (int64_t base = begin; base < end; base += kKeyTile) {
         const KeyTile next = base + kKeyTile < end ? find_keys(context, base + kKeyTile, first, last) : after;
         const bool is_int8 = cache.type == CacheType::kI8;
-        const KeyTile ready = is_int8 ? widen_keys(context, s, tile, next) : tile;
+        const KeyTile ready = is_int8 ? widen_keys(cache, s, tile, next) : tile;
         const KeyTile ahead = is_int8 ? KeyTile() : next;
         score_keys<Dot>(shape, cache, s, ready, ahead);
         weigh_scores(rule, shape, cache, s, ready);

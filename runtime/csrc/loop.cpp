@@ -32,7 +32,7 @@ SchedulerSettings scheduler_settings(const ExecutorSpec& spec, const LoopConfig&
     if (!faults.empty()) throw EngineryError("the serving loop cannot start: " + faults);
     settings.max_num_seqs = config.max_num_seqs;
     settings.max_num_batched_tokens = config.max_num_batched_tokens;
-    settings.mixed_prompt_tokens = std::max(0, config.mixed_prompt_tokens);
+    settings.mixed_prompt_tokens = config.mixed_prompt_tokens;
     settings.max_rows = spec.max_rows;
     settings.expected_output_tokens = config.expected_output_tokens;
     settings.max_preemptions = config.max_preemptions;
