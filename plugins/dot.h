@@ -11,12 +11,20 @@ inline constexpr int64_t kPanelStep = 64;                     // bytes of a pane
 inline constexpr int64_t kVecStep = kPanelStep / kPanelVecs;  // bytes of one vector of it
 inline constexpr int kRegisterTiles = kLanes == 16 ? 24 : 6;  // panels of sums that fit the registers
 
+// A step of an activation row in every lane.
+ENGINERY_INLINE VecI broadcast_bytes(const std::byte* a) {
+    int32_t step;
+    std::memcpy(&step, a, sizeof(step));
+    return set1_i32(step);
+}
+
 struct DotF32 {
     using Sum = VecF;
     using Element = float;
     using Activation = VecF;
     using Weight = VecF;
     static constexpr int kTiles = kRegisterTiles;
+    static constexpr int64_t kStep = kPanelStep;
 
     ENGINERY_INLINE Sum zero_sum() { return zero(); }
     ENGINERY_INLINE Activation broadcast(const std::byte* a) { return set1(*reinterpret_cast<const float*>(a)); }
@@ -32,13 +40,10 @@ struct DotBf16 {
     using Activation = VecI;
     using Weight = VecI;
     static constexpr int kTiles = kRegisterTiles;
+    static constexpr int64_t kStep = kPanelStep;
 
     ENGINERY_INLINE Sum zero_sum() { return zero(); }
-    ENGINERY_INLINE Activation broadcast(const std::byte* a) {
-        int32_t pair;
-        std::memcpy(&pair, a, sizeof(pair));
-        return set1_i32(pair);
-    }
+    ENGINERY_INLINE Activation broadcast(const std::byte* a) { return broadcast_bytes(a); }
     ENGINERY_INLINE Weight load_weight(const std::byte* b) { return load(reinterpret_cast<const int32_t*>(b)); }
     ENGINERY_INLINE Sum dot(Sum sum, Activation a, Weight b) {
         return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
@@ -57,6 +62,7 @@ struct DotBf16 {
     using Activation = Pair;
     using Weight = Pair;
     static constexpr int kTiles = kLanes == 16 ? kRegisterTiles : 4;
+    static constexpr int64_t kStep = kPanelStep;
 
     ENGINERY_INLINE Sum zero_sum() { return zero(); }
     ENGINERY_INLINE Activation broadcast(const std::byte* a) {
@@ -79,6 +85,37 @@ struct DotBf16 {
 
 #endif
 
+// Pairs of int16 by pairs of int8 that become int16: exact while the sum fits 32 bits.
+struct DotS16 {
+    using Sum = VecI;
+    using Element = int32_t;
+    using Activation = VecI;
+    using Weight = VecI;
+    static constexpr int kTiles = kRegisterTiles;
+    static constexpr int64_t kStep = kPanelStep / 2;
+
+    ENGINERY_INLINE Sum zero_sum() { return set1_i32(0); }
+    ENGINERY_INLINE Activation broadcast(const std::byte* a) { return broadcast_bytes(a); }
+    ENGINERY_INLINE Weight load_weight(const std::byte* b) {
+#ifdef __AVX512F__
+        return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)b))};
+#else
+        return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)b))};
+#endif
+    }
+    ENGINERY_INLINE Sum dot(Sum sum, Activation a, Weight b) {
+#if defined(__AVX512VNNI__)
+        return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#elif defined(__AVX512F__)
+        return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#elif defined(__AVXVNNI__)
+        return {_mm256_dpwssd_avx_epi32(sum.v, a.v, b.v)};
+#else
+        return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};
+#endif
+    }
+};
+
 // sum + the products of unsigned u and signed s in each lane of 32 bits. Without VNNI, u * s of two neighbours must fit
 // 16 bits: true of |w| * +-x with both within 127.
 ENGINERY_INLINE VecI add_products(VecI sum, VecI u, VecI s) {
@@ -93,12 +130,6 @@ ENGINERY_INLINE VecI add_products(VecI sum, VecI u, VecI s) {
     const __m256i pairs = _mm256_maddubs_epi16(u.v, s.v);
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 #endif
-}
-
-ENGINERY_INLINE VecI broadcast_bytes(const std::byte* a) {
-    int32_t quad;
-    std::memcpy(&quad, a, sizeof(quad));
-    return set1_i32(quad);
 }
 
 // Signed by signed: |w| times x with w's sign. Weights are within -127 .. 127.
@@ -117,6 +148,7 @@ struct DotS8 {
     using Element = int32_t;
     using Activation = VecI;
     static constexpr int kTiles = kLanes == 16 ? 16 : 4;
+    static constexpr int64_t kStep = kPanelStep;
 
     ENGINERY_INLINE Sum zero_sum() { return set1_i32(0); }
     ENGINERY_INLINE Activation broadcast(const std::byte* a) { return broadcast_bytes(a); }

@@ -96,6 +96,8 @@ ENGINERY_INLINE void store_bf16(uint16_t* p, VecF x) { _mm256_storeu_si256((__m2
 // Values of a that fit int8 / uint8.
 ENGINERY_INLINE __m128i to_bytes(VecI a) { return _mm512_cvtepi32_epi8(a.v); }
 ENGINERY_INLINE void store_bytes(void* p, VecI a) { _mm_storeu_si128((__m128i*)p, to_bytes(a)); }
+// Values that fit int16.
+ENGINERY_INLINE void store_i16(int16_t* p, VecI a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a.v)); }
 
 #else
 
@@ -187,6 +189,10 @@ ENGINERY_INLINE __m128i to_bytes(VecI a) {
     return _mm_packus_epi16(words, words);
 }
 ENGINERY_INLINE void store_bytes(void* p, VecI a) { _mm_storel_epi64((__m128i*)p, to_bytes(a)); }
+ENGINERY_INLINE void store_i16(int16_t* p, VecI a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    _mm_storeu_si128((__m128i*)p, words);
+}
 
 #endif
 
@@ -248,6 +254,13 @@ ENGINERY_INLINE void store_bytes_part(void* p, VecI x, int count) {
     std::memcpy(p, lanes, static_cast<size_t>(count));
 }
 
+ENGINERY_INLINE void store_i16_part(int16_t* p, VecI x, int count) {
+    if (count == kLanes) return store_i16(p, x);
+    int16_t lanes[kLanes];
+    store_i16(lanes, x);
+    std::memcpy(p, lanes, static_cast<size_t>(count) * 2);
+}
+
 ENGINERY_INLINE float first_lane(VecF x) {
 #ifdef __AVX512F__
     return _mm512_cvtss_f32(x.v);
@@ -296,6 +309,19 @@ ENGINERY_INLINE VecF exp(VecF x) {
     p = fma(p, r, set1(5.0000001201e-1f));
     p = fma(p, r * r, r) + set1(1.0f);
     return scale_by_power(p, n);
+}
+
+// 2^x within 2 ulp, x at most 127; exactly 1 at 0 and exactly 0 below -151 and at -infinity.
+ENGINERY_INLINE VecF exp2(VecF x) {
+    const VecF bounded = max(set1(-151.0f), x);
+    const VecF n = round_even(bounded);
+    const VecF r = bounded - n;
+    VecF p = set1(1.326470869e-3f);  // 1 + r p: the least relative error for |r| <= 1/2
+    p = fma(p, r, set1(9.671511129e-3f));
+    p = fma(p, r, set1(5.550733954e-2f));
+    p = fma(p, r, set1(2.402224243e-1f));
+    p = fma(p, r, set1(6.931470037e-1f));
+    return scale_by_power(fma(p, r, set1(1.0f)), n);
 }
 
 // tanh within 2 ulp: a polynomial near 0 (Cephes), 1 - 2 / (e^2x + 1) elsewhere.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "plugins/dot.h"
@@ -18,7 +19,7 @@ inline constexpr int kMostRows = 12;
 enum class Finish : uint8_t {
     kStore,     // out = sum
     kAdd,       // out = out + sum
-    kScaleAdd,  // out = out * factor of the row + sum
+    kScaleAdd,  // out = out * factor of the row + sum, of whole numbers sum * scale of the row; out is float
 };
 
 // Panels that hold consecutive steps; the activations of a segment follow those of the one before.
@@ -36,10 +37,17 @@ struct TileArguments {
     void* out;                       // [R][out_stride] of the sum's type; panel p at columns 16 p
     int64_t out_stride;              // elements
     const float* factors = nullptr;  // [R], for kScaleAdd
+    const float* scales = nullptr;   // [R], of whole numbers
     // What will be read next: with every step, as much as a panel's step of each is brought to the L2 cache.
     const std::byte* ahead[kMostPanels];
     int num_ahead = 0;
 };
+
+ENGINERY_INLINE VecF scale_sum(VecF sum, const float*, int) { return sum; }
+ENGINERY_INLINE VecF scale_sum(VecI sum, const float* scales, int r) {
+    asm("" : "+v"(sum.v));  // or GCC 12 copies every sum in every step of the loop before
+    return to_float(sum) * set1(scales[r]);
+}
 
 template <class Dot, Finish finish, int R, int P>
 static void multiply_tile(const TileArguments& t) {
@@ -58,12 +66,13 @@ static void multiply_tile(const TileArguments& t) {
         const int64_t steps = t.segments[s].steps;
         for (int64_t step = 0; step < steps; ++step) {
             for (int i = 0; i < t.num_ahead; ++i) {
-                prefetch(t.ahead[i] + (a - t.activations) * (kPanelStep / kActivationStep));
+                prefetch(t.ahead[i] + (a - t.activations) * (Dot::kStep / kActivationStep));
             }
             typename Dot::Weight weights[kVecs];
 #pragma GCC unroll 16
             for (int v = 0; v < kVecs; ++v) {
-                weights[v] = Dot::load_weight(panels[v / kPanelVecs] + step * t.panel_step + v % kPanelVecs * kVecStep);
+                weights[v] = Dot::load_weight(panels[v / kPanelVecs] + step * t.panel_step +
+                                              v % kPanelVecs * (Dot::kStep / kPanelVecs));
             }
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
@@ -74,15 +83,20 @@ static void multiply_tile(const TileArguments& t) {
             a += kActivationStep;
         }
     }
-    auto* out = static_cast<typename Dot::Element*>(t.out);
+    using Out = std::conditional_t<finish == Finish::kScaleAdd, float, typename Dot::Element>;
+    auto* out = static_cast<Out*>(t.out);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVecs; ++v) {
             auto* to = out + r * t.out_stride + v * kLanes;
-            if constexpr (finish == Finish::kAdd) sums[r][v] = load(to) + sums[r][v];
-            if constexpr (finish == Finish::kScaleAdd) sums[r][v] = fma(load(to), set1(t.factors[r]), sums[r][v]);
-            store(to, sums[r][v]);
+            if constexpr (finish == Finish::kScaleAdd) {
+                store(to, fma(load(to), set1(t.factors[r]), scale_sum(sums[r][v], t.scales, r)));
+            } else if constexpr (finish == Finish::kAdd) {
+                store(to, load(to) + sums[r][v]);
+            } else {
+                store(to, sums[r][v]);
+            }
         }
     }
 }
@@ -129,9 +143,9 @@ class RowTiles {
     int64_t rows_, tiles_;
 };
 
-// Rows 0 .. rows - 1 by P panels. What is ahead comes with the first tile.
+// Rows 0 .. rows - 1 by P panels; t moves on behind them. What is ahead comes with the first tile.
 template <class Dot, Finish finish>
-static void multiply_rows(TileArguments t, int64_t rows, int panels) {
+static void multiply_rows(TileArguments& t, int64_t rows, int panels) {
     for (RowTiles tiles(rows, most_rows<Dot>(panels)); tiles.left() > 0;) {
         const int64_t count = tiles.next();
         kTiles<Dot, finish>[static_cast<size_t>(panels)][static_cast<size_t>(count)](t);
@@ -139,6 +153,7 @@ static void multiply_rows(TileArguments t, int64_t rows, int panels) {
         t.activations += count * t.activation_stride;
         t.out = static_cast<typename Dot::Element*>(t.out) + count * t.out_stride;
         if (t.factors != nullptr) t.factors += count;
+        if (t.scales != nullptr) t.scales += count;
     }
 }
 

@@ -6,7 +6,7 @@
 By default the repository's own model on stories that it has not been trained on. Every engine gets the checkpoint in
 bf16 and the same windows of tokens, and is configured as where its speed is measured. <|endoftext|> in a text parts its
 documents; before each comes the beginning-of-sequence token where the model has one. Calibrated engines are built of
-the checkpoint itself, whose tokenizer the text needs.
+the checkpoint itself, whose tokenizer the text needs. Behind ± the standard error, by the differences of windows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..checkpoints import TOKENIZER
@@ -57,9 +58,10 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     checkpoint = copy_in_bf16(arguments.model, work / "checkpoint")
     ours = next(engine for engine in ENGINES if engine.name == OURS)
-    exact = perplexity(Task(ours, convert(ours, checkpoint, work / "fp32", "fp32"), "fp32", 0, 2, _DEADLINE), windows)
-    print(f"{len(windows)} windows of {WINDOW} tokens: perplexity in fp32 {exact:.4f}", flush=True)
-    changes: dict[str, dict[str, float]] = {}
+    exact = logprobs(Task(ours, convert(ours, checkpoint, work / "fp32", "fp32"), "fp32", 0, 2, _DEADLINE), windows)
+    perplexity = float(np.exp(-exact.mean()))
+    print(f"{len(windows)} windows of {WINDOW} tokens: perplexity in fp32 {perplexity:.4f}", flush=True)
+    changes: dict[str, dict[str, list[float]]] = {}
     for precision_class in arguments.classes:
         for engine in ENGINES:
             if arguments.engines and engine.folder not in arguments.engines:
@@ -75,14 +77,14 @@ def main() -> None:
                     models[", calibrated"] = work / f"calibrated.{precision}"
                     build([str(arguments.model), "-o", str(models[", calibrated"]), *options])
                 for how, model in models.items():
-                    got = perplexity(Task(engine, model, precision, 0, 2, _DEADLINE), windows)
-                    change = 100 * (got / exact - 1)
+                    got = logprobs(Task(engine, model, precision, 0, 2, _DEADLINE), windows)
+                    change, error = change_percent(exact, got)
                     name = f"{engine.name}{how}"
-                    changes.setdefault(precision_class, {})[f"{name} {version(engine)}"] = round(change, 3)
-                    print(f"{precision_class:8}{name:24}{precision:10}{change:+8.3f} %", flush=True)
-            except (Unavailable, Failed) as error:
-                say(f"{engine.name}, {precision_class}: {error}")
-    save(arguments.json, {"windows": len(windows), "perplexity_fp32": exact, "change_percent": changes})
+                    changes.setdefault(precision_class, {})[f"{name} {version(engine)}"] = [change, error]
+                    print(f"{precision_class:8}{name:24}{precision:10}{change:+8.3f} ± {error:.3f} %", flush=True)
+            except (Unavailable, Failed) as reason:
+                say(f"{engine.name}, {precision_class}: {reason}")
+    save(arguments.json, {"windows": len(windows), "perplexity_fp32": perplexity, "change_percent": changes})
 
 
 def build(arguments: list[str]) -> None:
@@ -111,13 +113,20 @@ def stories() -> str:
     return "<|endoftext|>".join(story(draw, draw_scene(draw)) for _ in range(_STORIES))
 
 
-def perplexity(task: Task, windows: list[list[int]]) -> float:
-    """Over all tokens but each window's first. Raises Failed."""
+def logprobs(task: Task, windows: list[list[int]]) -> NDArray[np.float64]:
+    """[windows]: the mean over all tokens but a window's first. Raises Failed."""
     options = json.dumps({"precision": task.precision, "vocab_size": 700, "context": 2 * WINDOW, "sequences": 16})
-    answer = ask(task, options, {"kind": "perplexity", "prompts": windows})
+    answer = ask(task, options, {"kind": "logprobs", "prompts": windows})
     if "error" in answer:
         raise Failed(answer["error"])
-    return float(answer["value"])
+    return np.array(answer["value"])
+
+
+def change_percent(exact: NDArray[np.float64], got: NDArray[np.float64]) -> tuple[float, float]:
+    """Of the perplexity, by both sides' logprobs [windows], and its standard error."""
+    lost = exact - got
+    factor = float(np.exp(lost.mean()))
+    return round(100 * (factor - 1), 3), round(100 * factor * float(lost.std(ddof=1)) / len(lost) ** 0.5, 3)
 
 
 def copy_in_bf16(checkpoint: Path, to: Path) -> Path:

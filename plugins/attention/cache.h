@@ -7,6 +7,8 @@
 
 namespace enginery::ENGINERY_ISA {
 
+inline constexpr int64_t kMostHeadDim = 256;
+
 enum class CacheType : uint8_t { kF32, kBf16, kI8 };
 
 struct HeadCache {
@@ -29,6 +31,9 @@ struct HeadCache {
 
     // Elements that one step of a panel takes from each key: pairs, but for float32.
     int64_t packed() const { return type == CacheType::kF32 ? 1 : 2; }
+
+    // Bytes of that.
+    int64_t step_bytes() const { return packed() * element_bytes; }
 
     // Element indices of a token at `offset` in its block.
     int64_t key_index(int64_t offset, int64_t i) const {

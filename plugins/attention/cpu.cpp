@@ -54,7 +54,8 @@ class Attention : public Kernel {
         Unit unit, next;
         for (bool more = units.take(unit); more; unit = next) {
             more = units.take(next);
-            const KeyTile after = more ? first_keys(step, next) : KeyTile();
+            KeyTile after;
+            if (more) first_keys(step, next, after);
             if (unit.splits == 1) {
                 run_whole(step, team, unit, after);
             } else {
@@ -153,22 +154,10 @@ class Attention : public Kernel {
                     q.at<const float>(team) + row * stride + q_offset + (head * heads_together + h) * cache.head_dim;
                 transform_head(query_transform, from, cos.at<const float>(team) + token * query_transform.half,
                                sin.at<const float>(team) + token * query_transform.half, s.head);
-                store_query(s, (row - tile.begin) * heads_together + h);
+                store_query(cache, s, (row - tile.begin) * heads_together + h, s.head);
             }
         }
         return s;
-    }
-
-    void store_query(const TileScratch& s, int64_t row) const {
-        if (cache.type == CacheType::kF32) {
-            std::memcpy(s.queries + row * cache.head_dim * 4, s.head, static_cast<size_t>(cache.head_dim) * 4);
-            return;
-        }
-        auto* to = reinterpret_cast<uint16_t*>(s.queries) + row * cache.head_dim;
-        for (int64_t i = 0; i < cache.head_dim; i += kLanes) {
-            const int count = lanes_left(cache.head_dim, i);
-            store_bf16_part(to + i, load_part(s.head + i, count), count);
-        }
     }
 
     Context context_of(const Step& step, const QueryTile& tile, int64_t head) const {
@@ -176,23 +165,25 @@ class Attention : public Kernel {
         return {&state, &cache, group.block_table + int64_t{tile.sequence} * group.max_blocks, head};
     }
 
-    KeyTile keys_at(const Step& step, const QueryTile& tile, int64_t head, int64_t split) const {
-        return find_keys(context_of(step, tile, head), first_tile(split, tile.first_key), tile.first_key,
-                         tile.last_key);
+    void keys_at(const Step& step, const QueryTile& tile, int64_t head, int64_t split, KeyTile& keys) const {
+        find_keys(context_of(step, tile, head), first_tile(split, tile.first_key), tile.first_key, tile.last_key, keys);
     }
 
-    KeyTile first_keys(const Step& step, const Unit& unit) const {
-        return keys_at(step, unit.tile, unit.head, unit.tile.first_split() + unit.split);
+    void first_keys(const Step& step, const Unit& unit, KeyTile& keys) const {
+        keys_at(step, unit.tile, unit.head, unit.tile.first_split() + unit.split, keys);
     }
 
     void attend(const Step& step, const TileScratch& s, const QueryTile& tile, const Visible* visible, int64_t head,
                 int64_t split, const KeyTile& after) const {
         const Context context = context_of(step, tile, head);
         const TileShape shape{rows_of(tile), heads_together, visible};
-        if (cache.type == CacheType::kF32) {
-            attend_split<DotF32>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
-        } else {
-            attend_split<DotBf16>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
+        switch (cache.type) {
+            case CacheType::kF32:
+                return attend_split<DotF32>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
+            case CacheType::kBf16:
+                return attend_split<DotBf16>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
+            case CacheType::kI8:
+                return attend_split<DotS16>(rule, shape, context, s, split, tile.first_key, tile.last_key, after);
         }
     }
 
@@ -201,9 +192,11 @@ class Attention : public Kernel {
         const QueryTile& tile = unit.tile;
         const TileScratch s = prepare(step, team, tile, unit.head, visible);
         const int64_t first = tile.first_split(), splits = tile.num_splits();
+        KeyTile next;
         for (int64_t split = 0; split < splits; ++split) {
-            const KeyTile next = split + 1 < splits ? keys_at(step, tile, unit.head, first + split + 1) : after;
-            attend(step, s, tile, visible, unit.head, first + split, next);
+            const bool more = split + 1 < splits;
+            if (more) keys_at(step, tile, unit.head, first + split + 1, next);
+            attend(step, s, tile, visible, unit.head, first + split, more ? next : after);
             combine(s, rows_of(tile), split, s.states, s.values);
         }
         write_out(team, s, tile, unit.head);
@@ -270,7 +263,7 @@ std::unique_ptr<Kernel> make_attention(const CallSpec& call, const Binding& bind
     CallReader reader(call, binding);
     auto kernel = std::make_unique<Attention>();
     kernel->domain = reader.domain();
-    const int64_t d = reader.integer("head_dim", 8, 256);
+    const int64_t d = reader.integer("head_dim", 8, kMostHeadDim);
     if (d % 8 != 0) reader.fault("attribute head_dim: wanted a multiple of 8, got " + std::to_string(d));
     kernel->num_heads = reader.integer("num_heads", 1, 1 << 16);
     kernel->num_kv_heads = reader.integer("num_kv_heads", 1, 1 << 16);

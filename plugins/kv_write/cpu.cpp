@@ -8,8 +8,6 @@ namespace enginery::ENGINERY_ISA {
 
 namespace {
 
-constexpr int64_t kLargestHead = 256;
-
 uint16_t to_f16(float x) { return static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 
 class KvWrite : public Kernel {
@@ -31,7 +29,7 @@ class KvWrite : public Kernel {
 
   private:
     void write(const Team& team, int64_t token, int64_t head, int64_t slot) const {
-        alignas(64) float key[kLargestHead];
+        alignas(64) float key[kMostHeadDim];
         const int64_t d = cache.head_dim;
         const int64_t row = token * stride + head * d;
         transform_head(key_transform, k.at<const float>(team) + row + k_offset,
@@ -60,7 +58,7 @@ class KvWrite : public Kernel {
     void store_halves(std::byte* to, int64_t offset, const float* key, const float* value) const {
         auto* keys = reinterpret_cast<uint16_t*>(to);
         auto* values = reinterpret_cast<uint16_t*>(to + cache.values_begin());
-        uint16_t halves[kLargestHead];
+        uint16_t halves[kMostHeadDim];
         convert(key, halves);
         for (int64_t i = 0; i < cache.head_dim; ++i) keys[cache.key_index(offset, i)] = halves[i];
         convert(value, halves);
@@ -77,7 +75,7 @@ class KvWrite : public Kernel {
     void store_bytes_scaled(std::byte* to, int64_t offset, const float* key, const float* value) const {
         auto* keys = reinterpret_cast<int8_t*>(to);
         auto* values = reinterpret_cast<int8_t*>(to + cache.values_begin());
-        int8_t bytes[kLargestHead];
+        int8_t bytes[kMostHeadDim];
         cache.key_scales(to)[offset] = quantize(key, bytes);
         for (int64_t i = 0; i < cache.head_dim; ++i) keys[cache.key_index(offset, i)] = bytes[i];
         cache.value_scales(to)[offset] = quantize(value, bytes);
@@ -108,7 +106,7 @@ class KvWrite : public Kernel {
 std::unique_ptr<Kernel> make_kv_write(const CallSpec& call, const Binding& binding) {
     CallReader reader(call, binding);
     auto kernel = std::make_unique<KvWrite>();
-    const int64_t d = reader.integer("head_dim", 8, kLargestHead);
+    const int64_t d = reader.integer("head_dim", 8, kMostHeadDim);
     if (d % 8 != 0) reader.fault("attribute head_dim: wanted a multiple of 8, got " + std::to_string(d));
     kernel->num_kv_heads = reader.integer("num_kv_heads", 1, 1 << 16);
     const int64_t rot_dim = reader.integer("rot_dim", 0, d);

@@ -18,7 +18,7 @@ inline constexpr int64_t kCodeColumns = 8;  // of a step
 inline constexpr int64_t kSumColumns = 32;  // that one element of the activations' sums is for
 inline constexpr int64_t kSumSteps = kSumColumns / kCodeColumns;
 // Each tile of sums has two of registers: of the group and of all.
-inline constexpr int kGroupTiles = kLanes == 16 ? 12 : 2;
+inline constexpr int kGroupTiles = kLanes == 16 ? 10 : 2;
 
 struct GroupArguments {
     const std::byte* activations;  // int8, of the first row

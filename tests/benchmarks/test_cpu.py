@@ -264,7 +264,7 @@ def test_a_worker_answers_fails_and_ends(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(failures) == {"decode b8", "decode b32", "peak RSS"}
 
 
-def test_logprobs_become_a_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_are_meant_over_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(setup.WORKERS)
     worker = importlib.import_module("worker")
     logits = np.log([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]) + 7.0
@@ -272,10 +272,10 @@ def test_logprobs_become_a_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values == pytest.approx(np.log([0.25, 0.125]))
     made = worker.Worker()
     monkeypatch.setattr(made, "logprobs", lambda prompt: values[: len(prompt) - 1], raising=False)
-    request = {"kind": "perplexity", "prompts": [[0, 1, 0], [0, 1, 0]]}
-    assert made.answer(request)["value"] == pytest.approx(np.sqrt(4 * 8))
+    request = {"kind": "logprobs", "prompts": [[0, 1, 0], [0, 1]]}
+    assert made.answer(request)["value"] == pytest.approx(np.log([1 / np.sqrt(4 * 8), 0.25]))
     with pytest.raises(RuntimeError):  # a token has none
-        made.answer({"kind": "perplexity", "prompts": [[0, 1, 0, 1]]})
+        made.answer({"kind": "logprobs", "prompts": [[0, 1, 0, 1]]})
 
 
 @pytest.mark.parametrize(("config", "begin"), [({"bos_token_id": 1}, [1]), ({"bos_token_id": None}, []), ({}, [])])
@@ -285,6 +285,14 @@ def test_documents_begin_as_the_model_has_learned(config: dict[str, object], beg
     (tmp_path / "config.json").write_text(json.dumps(config))
     one, two = (Tokenizer.from_file(str(copy)).encode(text, add_special_tokens=False).ids for text in ("One.", "Two."))
     assert quality.tokens_of(tmp_path, "One.\n<|endoftext|>\n<|endoftext|> Two.") == [*begin, *one, *begin, *two]
+
+
+def test_change_of_perplexity_has_the_standard_error_of_its_windows() -> None:
+    exact, lost = np.full(4, -1.5), np.array([0.01, 0.02, 0.03, 0.04])
+    change, error = quality.change_percent(exact, exact - lost)
+    assert change == pytest.approx(100 * (np.exp(1.525) / np.exp(1.5) - 1), abs=1e-3)
+    assert error == pytest.approx(100 * np.exp(0.025) * np.std(lost, ddof=1) / 2, abs=1e-3)
+    assert quality.change_percent(exact, exact - 0.02)[1] == 0
 
 
 def test_quality_is_measured_on_a_copy_in_bf16(tmp_path: Path) -> None:

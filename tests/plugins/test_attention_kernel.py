@@ -203,6 +203,15 @@ def test_contexts_of_several_sequences_are_split_apart(isa: str, kernels: Any, d
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_many_keys_of_little_weight_count(isa: str, kernels: Any, dtype: str) -> None:
+    scene = Scene(kernels, dtype, [2100], [1], heads=2, kv_heads=1)
+    scene.q[:], scene.keys[:], scene.values[:] = 1, 0, 1
+    block, offset = scene.block_table[0, 0], 5
+    scene.keys[block, offset], scene.values[block, offset] = 11 / 4, 0  # all others weigh e^-11, and add up to 3 %
+    kernels.assert_close(scene.run(isa), scene.wanted(), scene.tolerance())
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_rows_that_ask_alone_get_the_same(isa: str, kernels: Any, dtype: str) -> None:
     scene = Scene(kernels, dtype, [90, 20, 700], [40, 20, 3], rot_dim=16)
     rows = np.array([0, 7, 39, 40, 59, 62], np.int32)

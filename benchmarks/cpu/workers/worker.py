@@ -6,14 +6,13 @@
     python X_worker.py server MODEL OPTIONS                   becomes the engine's own server
 
 OPTIONS is JSON (see Options). A request is {"kind": "prefill" | "decode" | …, "batch": …, "input": …, "output": …}; its
-answer {"value": tokens/s} or {"error": …}; {"kind": "perplexity", "prompts": [token ids, …]} has that as its value.
+answer {"value": tokens/s} or {"error": …}; {"kind": "logprobs", "prompts": [token ids, …]} has each prompt's mean.
 After the last one comes {"peak_rss_bytes": …}.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import resource
@@ -85,11 +84,11 @@ class Worker:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """To a request."""
-        if request["kind"] == "perplexity":
-            values = [value for prompt in request["prompts"] for value in self.logprobs(prompt)]
-            if len(values) != sum(len(prompt) - 1 for prompt in request["prompts"]):
-                raise RuntimeError(f"{len(values)} logprobs came")
-            return {"value": math.exp(-statistics.fmean(values))}
+        if request["kind"] == "logprobs":
+            rows = [self.logprobs(prompt) for prompt in request["prompts"]]
+            if [len(row) + 1 for row in rows] != [len(prompt) for prompt in request["prompts"]]:
+                raise RuntimeError(f"{sum(map(len, rows))} logprobs came")
+            return {"value": [statistics.fmean(row) for row in rows]}
         return self.measure(request)
 
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
