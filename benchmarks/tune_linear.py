@@ -18,6 +18,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import time
 from dataclasses import asdict, astuple, dataclass
 from itertools import product
 from pathlib import Path
@@ -48,6 +49,8 @@ SHAPES: dict[tuple[int | str, int | str], tuple[int, int, bool]] = {
 # Twice an L3 cache and more, so that no weight is there when its turn comes again.
 COLD_BYTES = 96 << 20
 TURNS = 15
+# After which a product has had enough turns, if it has had a fifth of them.
+ENOUGH_SECONDS = 3.0
 # What another variant of a class must gain to have an entry of its own.
 WORTH_IT = 0.98
 
@@ -147,7 +150,10 @@ def relative_times(isa: str, layout: str, rows: int, n: int, k: int, gated: bool
     ]
     calls = {variant: [call(isa, layout, n, k, gated, variant)] * copies for variant in variants}
     ratios: dict[Variant, list[float]] = {variant: [] for variant in variants}
-    for _ in range(turns):
+    started = time.monotonic()
+    for turn in range(turns):
+        if turn >= turns / 5 and time.monotonic() - started > ENOUGH_SECONDS:
+            break
         random.shuffle(variants)
         seconds = {
             variant: _core.run_calls(isa, calls[variant], arrays, {"num_tokens": rows}, num_threads())

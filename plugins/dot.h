@@ -1,5 +1,6 @@
 // Products of activations and panels, one struct per pair of types. A step multiplies 4 bytes of each activation row
-// (1 float, 2 bfloat16 or 4 int8) by the 64 bytes that 16 weight rows (or keys) hold for them, and adds to 16 sums.
+// (1 float, 2 bfloat16, 2 int16 or 4 int8) by the kStep bytes that 16 weight rows (or keys) hold for them, and adds to
+// 16 sums.
 #pragma once
 
 #include "plugins/simd.h"
@@ -7,7 +8,7 @@
 namespace enginery::ENGINERY_ISA {
 
 inline constexpr int64_t kActivationStep = 4;                 // bytes of an activation row
-inline constexpr int64_t kPanelStep = 64;                     // bytes of a panel
+inline constexpr int64_t kPanelStep = 64;                     // bytes of a panel of weights
 inline constexpr int64_t kVecStep = kPanelStep / kPanelVecs;  // bytes of one vector of it
 inline constexpr int kRegisterTiles = kLanes == 16 ? 24 : 6;  // panels of sums that fit the registers
 
@@ -91,7 +92,7 @@ struct DotS16 {
     using Element = int32_t;
     using Activation = VecI;
     using Weight = VecI;
-    static constexpr int kTiles = kRegisterTiles;
+    static constexpr int kTiles = kLanes == 16 ? kRegisterTiles : 4;
     static constexpr int64_t kStep = kPanelStep / 2;
 
     ENGINERY_INLINE Sum zero_sum() { return set1_i32(0); }

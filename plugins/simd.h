@@ -72,9 +72,6 @@ ENGINERY_INLINE VecF scale_by_power(VecF x, VecF n) { return {_mm512_scalef_ps(x
 ENGINERY_INLINE VecF load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-ENGINERY_INLINE VecF load_i8(const int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
-}
 ENGINERY_INLINE VecF load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 
 // Round to nearest even; NaN stays NaN.
@@ -164,9 +161,6 @@ ENGINERY_INLINE VecF scale_by_power(VecF x, VecF n) {
 
 ENGINERY_INLINE VecF load_bf16(const uint16_t* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
-}
-ENGINERY_INLINE VecF load_i8(const int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
 }
 ENGINERY_INLINE VecF load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
 

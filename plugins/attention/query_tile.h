@@ -14,7 +14,8 @@ namespace enginery::ENGINERY_ISA {
 
 inline constexpr int64_t kKeyGroups = kKeyTile / 16;
 inline constexpr int64_t kSplitKeys = 512;
-inline constexpr int kPanelsTogether = 2;  // so that the rows of a decoding sequence are one tile of registers
+inline constexpr int kPanelsTogether =
+    2;  // so that the rows of a decoding sequence fit the registers of AVX-512 at once
 
 // A thread's working memory for one tile, cut from its scratch.
 struct TileScratch {
@@ -125,11 +126,11 @@ static inline void widen_scales(const TileScratch& s, const KeyTile& tile) {
 
 // A row's vectors as int16, of which 32767 is its greatest magnitude. Returns what one is worth.
 ENGINERY_INLINE float store_whole(int16_t* to, const VecF* vectors, int64_t count) {
-    constexpr float kMost = 32767.0f;
+    constexpr float kMost = 32767.0f, kLeast = 1e-30f;  // less is nothing: kMost / most is finite
     VecF largest = zero();
     for (int64_t i = 0; i < count; i += kLanes) largest = max(abs(vectors[i / kLanes]), largest);
     const float most = max_lanes(largest);
-    const VecF factor = set1(most > 0.0f ? kMost / most : 0.0f);
+    const VecF factor = set1(most > kLeast ? kMost / most : 0.0f);
     for (int64_t i = 0; i < count; i += kLanes) {
         store_i16_part(to + i, to_int(vectors[i / kLanes] * factor), lanes_left(count, i));
     }
@@ -142,7 +143,10 @@ static inline void store_query(const HeadCache& cache, const TileScratch& s, int
     VecF v[kMostHeadDim / kLanes];
     for (int64_t i = 0; i < d; i += kLanes) v[i / kLanes] = load_part(query + i, lanes_left(d, i));
     if (cache.type == CacheType::kI8) {
-        s.query_scales[row] = store_whole(reinterpret_cast<int16_t*>(s.queries) + row * d, v, d);
+        const float scale = store_whole(reinterpret_cast<int16_t*>(s.queries) + row * d, v, d);
+        VecF nothing = zero();  // NaN of a query that is not finite, which int16 cannot say
+        for (int64_t i = 0; i < d; i += kLanes) nothing = fma(v[i / kLanes], zero(), nothing);
+        s.query_scales[row] = scale + sum_lanes(nothing);
         return;
     }
     for (int64_t i = 0; i < d; i += kLanes) {

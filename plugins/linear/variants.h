@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -23,12 +24,26 @@ inline constexpr Variant kOneRow = {4, true, false}, kTwoRows = {kLanes == 16 ? 
 #define ENGINERY_TEXT(x) ENGINERY_TEXT_OF(x)
 inline constexpr std::string_view kIsa = ENGINERY_TEXT(ENGINERY_ISA);
 
+inline bool is_of(const Tuned& entry, std::string_view isa, std::string_view layout) {
+    return entry.isa == isa && layout.find(entry.layout) != layout.npos;
+}
+
+// The ISA whose entries count for a layout: this one, or where it has none the one that it extends, if that has some.
+inline std::string_view measured_isa(std::string_view layout) {
+    std::string_view isa = kIsa;
+    while (std::none_of(std::begin(kTuned), std::end(kTuned), [&](auto& entry) { return is_of(entry, isa, layout); })) {
+        if (isa.find('_') == isa.npos) return kIsa;
+        isa = isa.substr(0, isa.rfind('_'));
+    }
+    return isa;
+}
+
 // columns: of the weight, K. panels: of 16 of its rows.
 inline Variants find_variants(std::string_view layout, int64_t columns, int64_t panels) {
+    const std::string_view isa = measured_isa(layout);
     Variants found;
     for (const Tuned& entry : kTuned) {
-        const bool suits = entry.isa == kIsa && layout.find(entry.layout) != layout.npos &&
-                           columns <= entry.most_columns && panels <= entry.most_panels;
+        const bool suits = is_of(entry, isa, layout) && columns <= entry.most_columns && panels <= entry.most_panels;
         // Entries of few rows come first, and of small weights among them: what suits first suits best.
         if (suits && (found.empty() || found.back().first < entry.most_rows)) {
             found.emplace_back(entry.most_rows, entry.variant);

@@ -147,7 +147,7 @@ class Scene:
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 7, 40]),
     head_dim=st.sampled_from([8, 16, 24, 64, 80, 256]),
-    block_size=st.sampled_from([16, 32, 64]),
+    block_size=st.sampled_from([16, 32, 48, 64, 1024]),
     rotated=st.sampled_from([0.0, 0.5, 1.0]),
     q_norm=st.booleans(),
     window=st.sampled_from([0, 1, 5, 40, 600]),
@@ -209,6 +209,27 @@ def test_many_keys_of_little_weight_count(isa: str, kernels: Any, dtype: str) ->
     block, offset = scene.block_table[0, 0], 5
     scene.keys[block, offset], scene.values[block, offset] = 11 / 4, 0  # all others weigh e^-11, and add up to 3 %
     kernels.assert_close(scene.run(isa), scene.wanted(), scene.tolerance())
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_keys_that_weigh_next_to_nothing_do_not_bring_in_others(isa: str, kernels: Any, dtype: str) -> None:
+    scene = Scene(kernels, dtype, [130], [66], heads=1, kv_heads=1)
+    scene.q[:], scene.keys[:], scene.values[..., :8] = 1, 0, 0
+    scene.keys[scene.block_table[0, 0], 5] = 74.5 / 4  # 1e-35 is left for tiles behind it
+    whole = scene.run(isa)
+    scene.garbage = True
+    np.testing.assert_array_equal(scene.run(isa), whole)
+    np.testing.assert_array_equal(scene.run(isa, slice(0, 3)), whole[:3])
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_a_query_that_is_not_a_number_has_no_answer(isa: str, kernels: Any, dtype: str) -> None:
+    scene = Scene(kernels, dtype, [70], [2])
+    clean = scene.run(isa)[1]
+    scene.q[0, 3] = np.nan
+    found = scene.run(isa)
+    assert np.isnan(found[0, : scene.head_dim]).all()
+    np.testing.assert_array_equal(found[1], clean)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
