@@ -14,8 +14,8 @@ namespace enginery::ENGINERY_ISA {
 
 inline constexpr int64_t kKeyGroups = kKeyTile / 16;
 inline constexpr int64_t kSplitKeys = 512;
-inline constexpr int kPanelsTogether =
-    2;  // so that the rows of a decoding sequence fit the registers of AVX-512 at once
+// So that the rows of a decoding sequence fit the registers of AVX-512 at once.
+inline constexpr int kPanelsTogether = 2;
 
 // A thread's working memory for one tile, cut from its scratch.
 struct TileScratch {

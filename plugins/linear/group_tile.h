@@ -17,7 +17,7 @@ namespace enginery::ENGINERY_ISA {
 inline constexpr int64_t kCodeColumns = 8;  // of a step
 inline constexpr int64_t kSumColumns = 32;  // that one element of the activations' sums is for
 inline constexpr int64_t kSumSteps = kSumColumns / kCodeColumns;
-// Each tile of sums has two of registers: of the group and of all.
+// Each tile of sums has two of registers: of the group and of all. GCC 12 spills some of 12.
 inline constexpr int kGroupTiles = kLanes == 16 ? 10 : 2;
 
 struct GroupArguments {
