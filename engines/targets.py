@@ -42,7 +42,7 @@ def _cuda(arch: int, shared_kib: int, num_sms: int, *gpus: str) -> Target:
     return Target(f"cuda-sm{arch}", block_size=64, arch=arch, gpus=gpus, shared_bytes=shared_kib << 10, num_sms=num_sms)
 
 
-_AVX2 = ("avx2", "fma", "f16c")
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
 
 # Of the CPU's, best last: `cpu` takes the last one that a machine can run.

@@ -289,6 +289,17 @@ ENGINERY_INLINE float max_lanes(VecF x) {
     return join_lanes(quarter, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
 }
 
+// The greatest magnitude of x: [n]; NaN where one is not finite, which codes of eight bits cannot say.
+ENGINERY_INLINE float largest_magnitude(const float* x, int64_t n) {
+    VecF most = zero(), nothing = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const VecF v = load_part(x + i, lanes_left(n, i));
+        most = max(abs(v), most);
+        nothing = fma(v, zero(), nothing);
+    }
+    return max_lanes(most) + sum_lanes(nothing);
+}
+
 // e^x within 1 ulp; exactly 1 at 0 and exactly 0 below -104 and at -infinity.
 ENGINERY_INLINE VecF exp(VecF x) {
     const VecF bounded = max(set1(-104.0f), min(set1(89.0f), x));
@@ -305,7 +316,7 @@ ENGINERY_INLINE VecF exp(VecF x) {
     return scale_by_power(p, n);
 }
 
-// 2^x within 2 ulp, x at most 127; exactly 1 at 0 and exactly 0 below -151 and at -infinity.
+// 2^x within 3 ulp, x at most 127; exactly 1 at 0 and exactly 0 below -151 and at -infinity.
 ENGINERY_INLINE VecF exp2(VecF x) {
     const VecF bounded = max(set1(-151.0f), x);
     const VecF n = round_even(bounded);

@@ -2,7 +2,7 @@
 // one matrix, against the keys and values of that head, 64 keys at a time.
 //
 // Key tiles and splits lie at absolute positions, and a tile in which a row sees nothing leaves the row as it was to
-// the bit; so a row's result does not depend on which rows it is computed with.
+// the bit; so a row's result does not depend on which rows it is computed with, while the values of all are finite.
 #pragma once
 
 #include "plugins/attention/cache.h"

@@ -76,20 +76,19 @@ class KvWrite : public Kernel {
         auto* keys = reinterpret_cast<int8_t*>(to);
         auto* values = reinterpret_cast<int8_t*>(to + cache.values_begin());
         int8_t bytes[kMostHeadDim];
-        cache.key_scales(to)[offset] = quantize(key, bytes);
+        const float most_key = largest_magnitude(key, cache.head_dim), most = largest_magnitude(value, cache.head_dim);
+        // The key tells of values that are not finite too: NaN, as the scores of all that see them.
+        cache.key_scales(to)[offset] = quantize(key, most_key + 0.0f * most, bytes);
         for (int64_t i = 0; i < cache.head_dim; ++i) keys[cache.key_index(offset, i)] = bytes[i];
-        cache.value_scales(to)[offset] = quantize(value, bytes);
+        cache.value_scales(to)[offset] = quantize(value, most, bytes);
         for (int64_t i = 0; i < cache.head_dim; ++i) values[cache.value_index(offset, i)] = bytes[i];
     }
 
-    // Divides by the scale as float16 holds it, so that its rounding is made good by the values.
-    uint16_t quantize(const float* from, int8_t* to) const {
-        VecF most = zero();
-        for (int64_t i = 0; i < cache.head_dim; i += kLanes) {
-            most = max(abs(load_part(from + i, lanes_left(cache.head_dim, i))), most);
-        }
-        const float wanted = max_lanes(most) / 127.0f;
-        const uint16_t half = to_f16(wanted < 65504.0f ? wanted : 65504.0f);
+    // most: the greatest magnitude, or NaN. Divides by the scale as float16 holds it, so that its rounding is made good
+    // by the values.
+    uint16_t quantize(const float* from, float most, int8_t* to) const {
+        const float wanted = most / 127.0f;
+        const uint16_t half = to_f16(wanted > 65504.0f ? 65504.0f : wanted);
         const float scale = _cvtsh_ss(half);
         const VecF divisor = set1(scale > 0.0f ? scale : 1.0f);
         for (int64_t i = 0; i < cache.head_dim; i += kLanes) {

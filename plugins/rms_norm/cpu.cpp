@@ -33,12 +33,6 @@ float inverse_rms(const float* x, int64_t n, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
 }
 
-float largest_magnitude(const float* x, int64_t n) {
-    VecF most = zero();
-    for (int64_t i = 0; i < n; i += kLanes) most = max(abs(load_part(x + i, lanes_left(n, i))), most);
-    return max_lanes(most);
-}
-
 class RmsNorm : public Kernel {
   public:
     Domain domain = Domain::kTokens;

@@ -114,7 +114,8 @@ def _pairs(values: Array) -> Array:
 def _quantize(x: Array) -> tuple[Array, Array]:
     scales = (np.abs(x).max(axis=-1) / np.float32(127)).astype(np.float16)
     safe = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)[..., None]
-    return np.clip(np.rint(x / safe), -127, 127).astype(np.int8), scales
+    quotients = np.where(scales[..., None] > 0, x / safe, 0)
+    return np.clip(np.rint(quotients), -127, 127).astype(np.int8), scales
 
 
 def state_group(block_size: int, num_kv_heads: int, head_dim: int, dtype: str, num_layers: int = 1) -> dict[str, Any]:

@@ -221,6 +221,20 @@ def test_a_query_that_is_not_a_number_has_no_answer(isa: str, kernels: Any, dtyp
     np.testing.assert_array_equal(found[1], clean)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_who_sees_a_key_that_is_not_a_number_has_no_answer(
+    isa: str, kernels: Any, dtype: str, softcap: float
+) -> None:
+    scene = Scene(kernels, dtype, [90], [40], softcap=softcap)
+    clean = scene.run(isa)
+    block, offset = divmod(70, scene.block_size)
+    scene.keys[scene.block_table[0, block], offset, :, 3] = np.nan
+    found = scene.run(isa)
+    np.testing.assert_array_equal(found[:20], clean[:20])
+    assert np.isnan(found[20:]).all()
+
+
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_rows_that_ask_alone_get_the_same(isa: str, kernels: Any, dtype: str) -> None:
     scene = Scene(kernels, dtype, [90, 20, 700], [40, 20, 3], rot_dim=16)

@@ -104,6 +104,22 @@ def test_stores_zeros_and_huge_values(isa: str, kernels: Any) -> None:
     assert not scales[[0, 2, 3]].any()
 
 
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_keys_and_values_that_are_not_finite_make_the_scores_nan(
+    isa: str, kernels: Any, number: float, name: str
+) -> None:
+    call, _ = build(kernels, "i8", 4, 1, 24, 16, 0, False, 0)
+    call.step["groups"][0]["slots"] = np.arange(4)
+    first = call.attributes[f"{name}_offset"]
+    call.arrays[name] = call.arrays[name].copy()
+    call.arrays[name][2, first + 23] = number
+    call.run(isa)
+    state = call.arrays["state"].reshape(len(call.arrays["state"]), NUM_LAYERS, -1)[0, 1]
+    key_scales = state[16 * (24 + 32) :].view(np.float16)[:4]
+    np.testing.assert_array_equal(np.isnan(key_scales), [False, False, True, False])
+
+
 HOSTILE = {
     "a small k": (lambda call: call.arrays.update(k=call.arrays["k"].ravel()[:-1].copy()), "operand k: wanted"),
     "keys beyond the row": (lambda call: call.attributes.update(k_offset=1 << 20), "k_offset"),

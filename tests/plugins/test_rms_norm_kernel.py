@@ -121,6 +121,16 @@ def test_quantizes_ties_to_even_and_zero_rows_to_zero(isa: str, kernels: Any, dt
     np.testing.assert_array_equal(call.arrays["out_scale"], [1, 0])
 
 
+@pytest.mark.parametrize("place", [0, 69])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["i8", "u8"])
+def test_a_row_that_is_not_finite_has_no_scale(isa: str, kernels: Any, dtype: str, number: float, place: int) -> None:
+    call, _ = build(kernels, dtype, 3, 70, delta=False, post=False, weight=False, seed=0)
+    call.arrays["x"][1, place] = number
+    call.run(isa)
+    np.testing.assert_array_equal(np.isnan(call.arrays["out_scale"]), [False, True, False])
+
+
 HOSTILE = {
     "a small x": (lambda call: call.arrays.update(x=call.arrays["x"].ravel()[:-1].copy()), "operand x: wanted"),
     "a small weight": (lambda call: call.arrays.update(weight=call.arrays["weight"][:-1].copy()), "weight: wanted"),

@@ -158,7 +158,7 @@ def test_each_check_finds_its_damage(engine: Path, two_ranks: Path) -> None:
 
 
 def test_kernels_of_another_machine_are_not_checked(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("enginery.runtime._core.cpu_features", lambda: ["avx2", "fma"])
+    monkeypatch.setattr("enginery.runtime._core.cpu_features", lambda: ["avx2", "fma", "bmi2"])
     kernels = results(engine)["kernels"]
     assert kernels.passed is None
     assert kernels.detail == "not checked: this machine is none of the CPU targets and lacks f16c"

@@ -57,6 +57,21 @@ def test_tokens_do_not_depend_on_how_many_logits_are_kept(target: str, tmp_path:
     assert len({tuple(tokens) for tokens in wanted}) > len(PARAMS) // 2
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_what_overflows_within_a_layer_is_told(precision: str, tmp_path: Path) -> None:
+    """Though codes of eight bits have no word for it."""
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.post_attention_layernorm.weight"] *= 1e30  # gate and up too, and their product is infinite
+    file.chmod(0o644)
+    save_file(tensors, file, {"format": "pt"})
+    with Engine.load(build_engine(model, tmp_path / "engine", precision=precision)) as engine:
+        for params in (GREEDY, replace(GREEDY, logprobs=1)):
+            with pytest.raises(EngineryError, match="after 3 tokens are not finite"):
+                engine.generate([[5, 6, 7]], params)
+
+
 def test_logits_that_are_not_finite_are_told_though_nobody_reads_them(tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (file,) = model.glob("*.safetensors")
