@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..engines.errors import CompileError
@@ -120,13 +120,25 @@ class Prepared:
 
 
 def check_request(request: BuildRequest) -> None:
-    """Raises what `prepare` and `build` would for a place that is taken, or a precision that cannot be calibrated."""
+    """Raises what `prepare` and `build` would, but for weights, for a request that a calibration will be added to."""
     target = find_target(request.target)
     precision = request.find_precision(target)
     parse_layers(request.layer_precisions, precision, target)
     _require_calibrated(precision)
-    if request.output is not None:
-        require_vacant(request.output, request.force)
+    assert request.output is not None
+    with _place_of(request.output, request.force), prepare(replace(request, save_graph=None)):
+        pass
+
+
+def _require_apart(save_graph: Path | None, output: Path | None) -> None:
+    """The engine's directory is made at the end, and holds the engine alone."""
+    if save_graph is None or output is None:
+        return
+    graph, engine = Path(os.path.abspath(save_graph)), Path(os.path.abspath(output))
+    if graph == engine or engine in graph.parents:
+        raise CompileError(
+            f"--save-graph {save_graph}: lies within the engine, {output}. Choose a directory beside it."
+        )
 
 
 def _require_calibrated(precision: Precision) -> None:
@@ -146,6 +158,7 @@ def prepare(request: BuildRequest) -> Iterator[Prepared]:
     precision = request.find_precision(target)
     layers = parse_layers(request.layer_precisions, precision, target)
     kv_cache_dtype = find_kv_cache_dtype(request.kv_cache_dtype, precision, target)
+    _require_apart(request.save_graph, request.output)
     source = find_checkpoint(request.model)
     config = read_config(source.directory)
     max_model_len = _max_model_len(request, config)
@@ -185,7 +198,9 @@ def _lower_rank(checkpoint: Checkpoint, config: Config, options: Options, save_g
             try:
                 save_stage(g, save_graph, f"rank{options.rank}.{stages:02}.{name}")
             except OSError as error:
-                raise CompileError(f"--save-graph {save_graph}: cannot be written: {error}.") from None
+                raise CompileError(
+                    f"--save-graph {save_graph}: cannot be written: {error}. Choose another directory."
+                ) from None
         stages += 1
 
     g = build_graph(config, checkpoint)
@@ -207,21 +222,33 @@ def build(
     progress  is told of bytes of weights as they are written
     compiled  is told how many of the kernels that had to be compiled are
     """
-    output = prepared.request.output
-    assert output is not None
+    request = prepared.request
+    assert request.output is not None
+    output = _spelled_out(request.output)
+    with _place_of(output, request.force, prepared.weights_bytes) as partial:
+        _write_files(prepared, partial, progress, compiled)
+        publish(partial, output, request.force)
+    return output
+
+
+@contextmanager
+def _place_of(output: Path, force: bool, needed: int = 0) -> Iterator[Path]:
+    """A directory beside `output` for an engine with `needed` bytes of weights. Raises CompileError."""
+    output = _spelled_out(output)
     try:
-        if output.name == "" or ".." in output.parts:  # so that it has a name and a parent, however it is spelled
-            output = Path(os.path.abspath(output))
-        require_vacant(output, prepared.request.force)
+        require_vacant(output, force)
         with directory_beside(output) as partial:
-            require_space(partial, prepared.weights_bytes)
-            _write_files(prepared, partial, progress, compiled)
-            publish(partial, output, prepared.request.force)
+            require_space(partial, needed)
+            yield partial
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CompileError(disk_full(output, prepared.weights_bytes)) from None
-        raise CompileError(f"{output}: cannot be written: {error}.") from None
-    return output
+            raise CompileError(disk_full(output, needed)) from None
+        raise CompileError(f"{output}: cannot be written: {error}. Choose another directory.") from None
+
+
+def _spelled_out(output: Path) -> Path:
+    """So that it has a name and a parent, however it was written."""
+    return Path(os.path.abspath(output)) if output.name == "" or ".." in output.parts else output
 
 
 def _write_files(

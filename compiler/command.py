@@ -14,11 +14,14 @@ _REQUIRED = ("onnx", "onnx_ir", "ml_dtypes", "huggingface_hub")
 
 
 class Progress:
-    """A bar called `label` on a terminal, a line about `what` for every tenth elsewhere; `spell` says the total."""
+    """A bar called `label` on a terminal, a line about `what` for every tenth elsewhere; `spell` says the total.
+
+    done: how much `advance` was told of
+    """
 
     def __init__(self, total: int, label: str, what: str, spell: Callable[[int], str]) -> None:
         self._what, self._spell = what, spell
-        self._total, self._done, self._told = max(total, 1), 0, 0
+        self._total, self.done, self._told = max(total, 1), 0, 0
         self._bar = click.progressbar(length=self._total, label=label) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
@@ -33,10 +36,10 @@ class Progress:
 
     def advance(self, count: int) -> None:
         """`count` more bytes are written."""
-        self._done += count
+        self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif (tenth := min(self._done * 10 // self._total, 10)) > self._told:
+        elif (tenth := min(self.done * 10 // self._total, 10)) > self._told:
             self._told = tenth
             click.echo(f"{self._what}: {tenth * 10} % of {self._spell(self._total)}", err=True)
 

@@ -138,7 +138,7 @@ class _Packer:
         step = max(round_up(_CHUNK_BYTES // max(source_row, 1), ROW_PADDING), ROW_PADDING)
         pack_rows = self._nearest
         if self._calibration is not None and layout.group:
-            pack_rows = gptq_packer(find_feedback(self._calibration.moments(weight)))
+            pack_rows = gptq_packer(find_feedback(self._calibration.likely_moments(weight)))
             step = max(step, ROWS_AT_A_TIME * self._num_threads)
         if len(self._source) < step * source_row:
             self._source = np.empty(step * source_row, np.uint8)

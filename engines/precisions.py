@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .errors import CompileError
@@ -60,7 +61,7 @@ def find_precision(
     group_size, zero_points: of int4 alone, or where some products are asked for in it; 0 is the precision's own
     """
     if name not in PRECISIONS or not _has_precision(target, name):
-        raise _refusal("precision", name, target, [known for known in PRECISIONS if _has_precision(target, known)])
+        raise _refusal("precision", name, target, PRECISIONS, _has_precision)
     precision = PRECISIONS[name]
     codes = f"{'u' if zero_points else ''}int4g{group_size or GROUPS[0]}"
     if name != "int4":
@@ -75,8 +76,7 @@ def find_kv_cache_dtype(name: str, precision: Precision, target: Target) -> str:
     """`name` or, for "auto", the precision's own. Raises CompileError where the target does not have it."""
     resolved = precision.kv_cache if name == "auto" else name
     if resolved not in KV_CACHE_DTYPES or not _has_kv_cache(target, resolved):
-        known = [known for known in KV_CACHE_DTYPES if _has_kv_cache(target, known)]
-        raise _refusal("KV cache dtype", name, target, ["auto", *known])
+        raise _refusal("KV cache dtype", name, target, KV_CACHE_DTYPES, _has_kv_cache, "auto, ")
     return resolved
 
 
@@ -96,8 +96,15 @@ def _has_kv_cache(target: Target, name: str) -> bool:
     return name in ("bf16", "int8") or (name == "fp8" and target.arch >= _FP8_ARCH)
 
 
-def _refusal(what: str, name: str, target: Target, known: list[str]) -> CompileError:
-    has = _has_precision if what == "precision" else _has_kv_cache
-    having = [other.name for other in TARGETS.values() if has(other, name)]
-    elsewhere = f" Targets that have {name}: {', '.join(having)}." if name in (PRECISIONS | KV_CACHE_DTYPES) else ""
-    return CompileError(f"{what} {name!r} is not there for {target.name}, which has {', '.join(known)}.{elsewhere}")
+def _refusal(
+    what: str,
+    name: str,
+    target: Target,
+    known: Iterable[str],
+    has: Callable[[Target, str], bool],
+    always: str = "",
+) -> CompileError:
+    here = always + ", ".join(each for each in known if has(target, each))
+    having = ", ".join(other.name for other in TARGETS.values() if name in known and has(other, name))
+    elsewhere = f" Targets that have {name}: {having}." if having else ""
+    return CompileError(f"{what} {name!r} is not there for {target.name}, which has {here}.{elsewhere}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..engines.expressions import evaluate
 from ..engines.manifest import Manifest
 from ..engines.plan import Call, Operand, Plan, StateGroup, check_bounds, guarded_limits, plan_arena
 from ..engines.plan_format import decode_plan
+from ..engines.precisions import PRECISIONS
 from ..engines.sizes import format_bytes
 from ..engines.targets import TARGETS, Target, best_target, missing_features
 from ..engines.weights import WeightsFile, read_weights_header
@@ -71,13 +73,17 @@ def check_target(files: EngineFiles, features: list[str]) -> Target:
 
 def _rebuild(files: EngineFiles) -> str:
     manifest = files.manifest
-    tensor_parallel = manifest.tensor_parallel_size
-    ranks = f" --tensor-parallel-size {tensor_parallel}" if tensor_parallel > 1 else ""
     precision = "int8" if manifest.precision == "fp8" else manifest.precision
-    return (
-        f"Build one for it: build-engine {manifest.model.source} --target cpu --precision {precision}{ranks} "
-        f"-o {files.directory.name}-cpu"
-    )
+    command = ["build-engine", manifest.model.source, "--target", "cpu", "--precision", precision]
+    if manifest.tensor_parallel_size > 1:
+        command += ["--tensor-parallel-size", str(manifest.tensor_parallel_size)]
+    usual = PRECISIONS.get(manifest.precision)
+    if usual is not None and manifest.kv_cache_dtype not in (usual.kv_cache, "fp8"):
+        command += ["--kv-cache-dtype", manifest.kv_cache_dtype]
+    command += [word for layer in manifest.layer_precisions for word in ("--layer-precision", layer)]
+    command += ["--calibration", "FILE"] if manifest.calibration else []
+    groups = " (and with the --group-size and --zero-points that this one has)" if precision == "int4" else ""
+    return f"Build one for it: {shlex.join([*command, '-o', f'{files.directory.name}-cpu'])}{groups}"
 
 
 def read_ranks(files: EngineFiles) -> list[Rank]:

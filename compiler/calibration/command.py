@@ -14,7 +14,7 @@ from ...engines.errors import EngineryError
 from ...engines.sizes import format_bytes
 from ..command import Progress, end_by_interrupt, require_extra
 from ..startup import import_onnx_ir
-from .defaults import DEFAULT_TOKENS
+from .defaults import DEFAULT_TOKENS, FEW_TOKENS
 
 
 @click.command(name="calibrate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,7 +28,7 @@ from .defaults import DEFAULT_TOKENS
     show_default=True,
     help="Tokens of the text to look at, from its start.",
 )
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@click.option("--force", is_flag=True, help="Replace a calibration file that exists.")
 def calibrate(model: str, text: Path, output: Path, tokens: int, force: bool) -> None:
     """Look at what TEXT makes of MODEL's activations, for build-engine --calibration.
 
@@ -52,4 +52,8 @@ def calibrate(model: str, text: Path, output: Path, tokens: int, force: bool) ->
         click.echo("Interrupted. Nothing was left behind.", err=True)
         sys.exit(130)
     size, seconds = format_bytes(output.stat().st_size), time.monotonic() - started
-    click.echo(f"{output}: {tokens} tokens, {size}, {seconds:.1f} s")
+    click.echo(f"{output}: {progress.done} tokens, {size}, {seconds:.1f} s")
+    if progress.done < FEW_TOKENS:
+        click.echo(
+            f"note: that is little text: int4 may lose more than without it, below {FEW_TOKENS} tokens", err=True
+        )

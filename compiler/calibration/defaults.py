@@ -4,3 +4,4 @@ from __future__ import annotations
 
 SEQUENCE_LENGTH = 512
 DEFAULT_TOKENS = 64 * SEQUENCE_LENGTH
+FEW_TOKENS = 1024

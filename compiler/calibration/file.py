@@ -1,8 +1,9 @@
 """The calibration file: safetensors of statistics, which do not depend on the precision that is built with them.
 
-Of each activation NAME (Statistics): `NAME.absmax` F32 [K] and `NAME.moments` F32 [ceil(K / 128), 128, 128]. Metadata:
-format, version, checkpoint (fingerprint), text (sha256), tokens, sequence_length, and `inputs`, JSON: the tensors that
-each activation is multiplied by.
+Of each activation NAME (Statistics): `NAME.absmax` F32 [K], `NAME.moments` F32 [ceil(K / 128), 128, 128] and
+`NAME.samples` F32 [1 … 64, K]. Metadata: format, version, checkpoint (fingerprint), text (sha256), tokens,
+sequence_length, data (sha256 of all that follows the header), and `inputs`, JSON: the tensors that each activation is
+multiplied by.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from ...plugins.linear.quantize_int4 import BLOCK
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.tensors import Checkpoint, StoredTensor, read_header
 from ..checkpoint.weights import Weight
-from .statistics import Statistics
+from .statistics import MOST_SAMPLES, Statistics
 
 FORMAT = "enginery-calibration"
-VERSION = 0
+VERSION = 1
 _REMEDY = "Make one: enginery calibrate MODEL --text TEXT -o FILE"
 _ALIGNMENT = 64
+# So many tokens make half of what two channels have to do with each other believable.
+_CHANCE_TOKENS = 4 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -43,30 +46,25 @@ class Origin:
 
 
 def write_calibration(path: Path, statistics: Sequence[Statistics], origin: Origin) -> None:
-    """Writes the file beside itself, then renames it. Raises CompileError where it cannot be written."""
+    """Writes the file. Raises OSError."""
     arrays = {}
     for entry in statistics:
-        arrays[f"{entry.tensors[0]}.absmax"] = entry.absmax
-        arrays[f"{entry.tensors[0]}.moments"] = entry.moments
-    partial = path.parent / f".{path.name}.partial"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(_header(arrays, statistics, origin))
-                for array in arrays.values():
-                    file.write(np.ascontiguousarray(array, "<f4").data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise CompileError(
-            f"{path}: cannot be written: {error}. Choose another place, or free some space. Nothing was left behind."
-        ) from None
+        for kind in ("absmax", "moments", "samples"):
+            arrays[f"{entry.tensors[0]}.{kind}"] = np.ascontiguousarray(getattr(entry, kind), "<f4")
+    with open(path, "wb") as file:
+        file.write(_header(arrays, statistics, origin))
+        for array in arrays.values():
+            file.write(array.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _header(arrays: dict[str, NDArray[np.float32]], statistics: Sequence[Statistics], origin: Origin) -> bytes:
     metadata = {"format": FORMAT, "version": str(VERSION), **{k: str(v) for k, v in asdict(origin).items()}}
+    data = hashlib.sha256()
+    for array in arrays.values():
+        data.update(array.data)
+    metadata["data"] = data.hexdigest()
     metadata["inputs"] = json.dumps({entry.tensors[0]: entry.tensors for entry in statistics})
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
@@ -82,9 +80,11 @@ def _header(arrays: dict[str, NDArray[np.float32]], statistics: Sequence[Statist
 class Calibration:
     """A calibration file of the checkpoint that is built, asked by weight. sha256: of the file."""
 
-    def __init__(self, path: Path, tensors: dict[str, StoredTensor], inputs: dict[str, str], sha256: str) -> None:
+    def __init__(
+        self, path: Path, stored: dict[str, StoredTensor], inputs: dict[str, str], tokens: int, sha256: str
+    ) -> None:
         self.path, self.sha256 = path, sha256
-        self._tensors, self._inputs = tensors, inputs
+        self._stored, self._inputs, self._tokens = stored, inputs, tokens
 
     def require(self, weights: Sequence[Weight]) -> None:
         """Raises CompileError unless the file knows the inputs of all `weights`."""
@@ -99,11 +99,10 @@ class Calibration:
         start, stop = weight.parts[0].columns
         return self._read(weight, "absmax")[start:stop]
 
-    def mean_squares(self, weight: Weight) -> NDArray[np.float32]:
-        """[K]: the mean square of each input of `weight`, before its factors."""
-        diagonal: NDArray[np.float32] = np.einsum("bii->bi", self._read(weight, "moments")).reshape(-1)
+    def samples(self, weight: Weight) -> NDArray[np.float32]:
+        """[1 … 64, K]: some inputs of `weight`, before its factors."""
         start, stop = weight.parts[0].columns
-        return diagonal[start:stop]
+        return self._read(weight, "samples")[:, start:stop]
 
     def moments(self, weight: Weight) -> NDArray[np.float32]:
         """[ceil(K / 128), 128, 128]: the blocks of E[x xᵀ] of the inputs of `weight`, divided by its factors."""
@@ -115,8 +114,14 @@ class Calibration:
         factors.reshape(-1)[: stop - start] = weight.column_factors.values
         return blocks / factors[:, :, None] / factors[:, None]
 
+    def likely_moments(self, weight: Weight) -> NDArray[np.float32]:
+        """Those of other texts: beside the diagonals less, the fewer tokens were seen, as chance makes much of it."""
+        shares = np.full((BLOCK, BLOCK), self._tokens / (self._tokens + _CHANCE_TOKENS), np.float32)
+        np.fill_diagonal(shares, 1)
+        return self.moments(weight) * shares
+
     def _read(self, weight: Weight, kind: str) -> NDArray[np.float32]:
-        tensor = self._tensors[f"{self._inputs[weight.parts[0].tensor]}.{kind}"]
+        tensor = self._stored[f"{self._inputs[weight.parts[0].tensor]}.{kind}"]
         values = np.fromfile(tensor.path, "<f4", int(np.prod(tensor.shape)), offset=tensor.offset)
         if not np.isfinite(values).all():
             raise CompileError(f"{self.path}: {tensor.name} holds what is no finite number: it is damaged. {_REMEDY}")
@@ -136,27 +141,45 @@ def _cut(blocks: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float
     return new
 
 
+def is_calibration(path: Path) -> bool:
+    """True for a file of this format, whatever its version and state."""
+    try:
+        return path.is_file() and not path.is_symlink() and read_header(path)[0].get("format") == FORMAT
+    except (OSError, CheckpointError):
+        return False
+
+
 def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
     """Opens the file at `path`, which must be of `checkpoint`. Raises CompileError with what is wrong."""
     try:
         if not path.is_file():
-            raise CompileError(f"--calibration {path}: no such file. {_REMEDY}")
+            got = "not a file" if path.exists() else "no such file"
+            raise CompileError(f"--calibration {path}: {got}. {_REMEDY}")
         metadata, stored = read_header(path)
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            data = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CompileError(f"--calibration {path}: cannot be read: {error}. {_REMEDY}") from None
     except CheckpointError as error:
-        raise CompileError(f"--calibration {path}: no calibration file, or damaged: {error} {_REMEDY}") from None
+        reason = str(error).removesuffix(" Download it again.")
+        raise CompileError(f"--calibration {path}: no calibration file, or damaged: {reason} {_REMEDY}") from None
     if metadata.get("format") != FORMAT:
         raise CompileError(
             f"--calibration {path}: wanted a calibration file, got safetensors of the format "
             f"{metadata.get('format')!r:.40}. {_REMEDY}"
         )
-    if not (version := str(metadata.get("version"))).isdecimal() or int(version) > VERSION:
+    if (version := str(metadata.get("version"))) != str(VERSION):
         raise CompileError(
-            f"--calibration {path}: version {version:.20}; this release reads versions up to {VERSION}. "
-            f"Make it again with this release, or upgrade enginery."
+            f"--calibration {path}: version {version:.20}; this release reads version {VERSION}. "
+            f"Make it again with this release: enginery calibrate MODEL --text TEXT -o FILE"
+        )
+    if data != metadata.get("data"):
+        raise CompileError(
+            f"--calibration {path}: damaged: wanted data of sha256 {metadata.get('data')!s:.16}…, got {data:.16}…. "
+            f"{_REMEDY}"
         )
     wanted, got = fingerprint(checkpoint), str(metadata.get("checkpoint"))
     if got != wanted:
@@ -167,7 +190,9 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
         )
     tensors = {tensor.name: tensor for tensor in stored}
     inputs = _read_inputs(path, metadata, tensors, checkpoint)
-    return Calibration(path, tensors, inputs, sha256)
+    if not 0 < len(tokens := str(metadata.get("tokens"))) < 16 or not tokens.isdecimal():
+        raise CompileError(f"--calibration {path}: its field 'tokens' is damaged: wanted a number. {_REMEDY}")
+    return Calibration(path, tensors, inputs, int(tokens), sha256)
 
 
 def _read_inputs(
@@ -182,6 +207,8 @@ def _read_inputs(
     for name, many in named.items():
         for columns in sorted({checkpoint.tensors[each].shape[-1] for each in many if each in checkpoint.tensors}):
             shapes = {"absmax": (columns,), "moments": (-(-columns // BLOCK), BLOCK, BLOCK)}
+            samples = tensors.get(f"{name}.samples")
+            shapes["samples"] = (min(max(1, *samples.shape[:1]), MOST_SAMPLES) if samples else 1, columns)
             for kind, shape in shapes.items():
                 tensor = tensors.get(f"{name}.{kind}")
                 if tensor is None or tensor.shape != shape or tensor.dtype != "F32":

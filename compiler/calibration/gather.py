@@ -36,7 +36,8 @@ def gather_statistics(
     """
     graph = fused_graph(checkpoint, config)
     readers = _first_readers(graph)
-    found = {value: Statistics.of(columns_of(value), tensors) for value, (_, tensors) in readers.items()}
+    tokens = sum(map(len, sequences))
+    found = {value: Statistics.of(columns_of(value), tensors, tokens) for value, (_, tensors) in readers.items()}
 
     def observe(node: ir.Node, x: Array) -> None:
         value = input_of(node, 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...engines.errors import CheckpointError
 from ...engines.precisions import find_precision
 from ...engines.targets import TARGETS
 from ...plugins.linear.layouts import quantize_int8
@@ -74,7 +75,7 @@ def layer_errors(
         def measure(product: Product) -> LayerError:
             weight = weight_of(input_of(product.node, 1))
             moments = known.moments(weight)
-            feedback = find_feedback(moments)
+            feedback = find_feedback(known.likely_moments(weight))
             parts = pool.map(
                 lambda start: _squares(weight, start, moments, feedback, group, symmetric), _starts(weight)
             )
@@ -112,6 +113,11 @@ def _squares(
 ) -> tuple[float, float, float]:
     """Of some rows, together: E|w x|², and that of their errors in int8 and int4."""
     w = weight.values(start, min(start + _ROWS, weight.num_rows))
+    if not np.isfinite(w).all():
+        raise CheckpointError(
+            f"{weight.checkpoint.directory}: {weight.parts[0].tensor} holds what is no finite number. "
+            f"The checkpoint is damaged: download it again, or export it again."
+        )
     quantized, scales = quantize_int8(w)
     rounded = quantized.astype(np.float32) * scales[:, None]
     coded = dequantize_int4(*quantize_gptq(w, group, symmetric, feedback), group)

@@ -3,7 +3,7 @@
 Requires fused RmsNorm and Linear nodes; without a calibration nothing changes. Ensures that the channels of what a norm
 or a gated product gives to products alone are divided by factors, and the columns that read them multiplied: the norm's
 weight, or the rows of up, take the division. Factors are powers of two, so that float32 results stay the same bits, and
-they are 1 where none is expected to make the error less. They are computed when weights are written.
+they are 1 where none makes the error on the calibration's samples less. They are computed when weights are written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ...plugins.linear.layouts import quantize_int8
+from ...plugins.linear.quantize_int4 import dequantize_int4, quantize_int4
 from ..checkpoint.weights import Factors, Weight
 from ..graph.builder import GraphBuilder, LazyWeight, attribute, register_weight, weight_of
 from ..graph.rewrite import input_of, is_ours, users
@@ -26,12 +28,17 @@ if TYPE_CHECKING:
     from ..calibration.file import Calibration
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 # How much of an outlier moves from the activation to the weight: SmoothQuant's α, of which the best one is taken.
 _STRENGTHS = (0.5, 0.25, 0.75)
 # No factor leaves 2^±this; what is less than 2^±that does not stand out.
 _MOST_BITS, _LEAST_BITS = 12, 2
 _CHUNK_ELEMENTS = 1 << 20
+# The error that factors must leave at most, of that without them: other texts gain less than the samples.
+_WORTH_IT = 0.8
+# Of a weight, on which factors are tried.
+_MOST_ROWS = 2048
 
 
 def smooth(g: GraphBuilder, options: Options) -> None:
@@ -54,7 +61,8 @@ def _smooth(graph: ir.Graph, node: ir.Node, options: Options, divided: tuple[int
         return
     weights = [weight_of(input_of(reader, 1)) for reader in readers]
     assert options.calibration is not None
-    factors = Factors(partial(_choose, options.calibration, _group_of(graph, options, readers[0]), weights))
+    codes = product_of(graph, readers[0]).weight(options)
+    factors = Factors(partial(_choose, options.calibration, codes, weights))
     for index in divided:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None:
@@ -62,11 +70,6 @@ def _smooth(graph: ir.Graph, node: ir.Node, options: Options, divided: tuple[int
             _multiply(graph, node, index, weight_of(value).times(rows=rows))
     for reader, weight in zip(readers, weights, strict=True):
         _multiply(graph, reader, 1, weight.times(columns=factors))
-
-
-def _group_of(graph: ir.Graph, options: Options, reader: ir.Node) -> int:
-    """How many weights of a row share a scale; 0: all."""
-    return int(product_of(graph, reader).weight(options).partition("g")[2] or 0)
 
 
 def _reads_alone(reader: ir.Node, value: ir.Value) -> bool:
@@ -90,15 +93,18 @@ def _last_rows(num_rows: int, factors: Factors) -> Floats:
     return out
 
 
-def _choose(calibration: Calibration, group: int, weights: Sequence[Weight]) -> Floats:
+def _choose(calibration: Calibration, codes: str, weights: Sequence[Weight]) -> Floats:
     """[K]: what the columns of `weights`, which read one activation, are multiplied by."""
-    absmax, squares = calibration.absmax(weights[0]), calibration.mean_squares(weights[0])
+    absmax = calibration.absmax(weights[0])
     largest = np.max([np.abs(chunk).max(axis=0) for weight in weights for chunk in _chunks(weight)], axis=0)
+    if not np.isfinite(largest).all():  # as the writing of weights will tell
+        return np.ones(len(absmax), np.float32)
     exponents = [_exponents(absmax, largest, strength) for strength in _STRENGTHS]
     # Those that move only what stands out, too: groups of four bits suffer from what moves within them.
     exponents += [np.where(np.abs(each) < _LEAST_BITS, 0, each) for each in exponents]
     tried = [np.ldexp(np.float32(1), each) for each in (np.zeros(len(absmax), np.int32), *exponents)]
-    errors = [_expected_error(weights, factors, absmax, squares, group) for factors in tried]
+    errors = _errors(weights, tried, calibration.samples(weights[0]), codes)
+    errors[0] *= _WORTH_IT
     best: Floats = tried[int(np.argmin(errors))]
     return best
 
@@ -113,29 +119,37 @@ def _exponents(absmax: Floats, largest: Floats, strength: float) -> NDArray[np.i
     return exponents
 
 
-def _expected_error(weights: Sequence[Weight], factors: Floats, absmax: Floats, squares: Floats, group: int) -> float:
-    """Of all outputs together, squared, in units of a step of int8 squared / 12.
+def _errors(weights: Sequence[Weight], tried: list[Floats], samples: Floats, codes: str) -> Doubles:
+    """What each of `tried` costs the samples' outputs: the squared error of all outputs of a token, as a share of their
+    squares and the median of these, on average over tokens.
 
-    Activations err by their largest channel over all the products that read them, weights by the largest of a row, or
-    sixteen times as much by the largest of a group.
+    A share, because a token with huge outputs can bear more; and the median, because one with small ones adds little
+    to the residual. In doubles, so that the order in which a library adds decides nothing.
     """
-    activation = float(np.max(absmax / factors)) ** 2
-    size, coarseness = _grouped_columns((squares / factors**2).astype(np.float64)[None], group).sum(axis=2), 1.0
-    if group:
-        coarseness = (127 / 8) ** 2
-    total = 0.0
+    inputs = [_round(samples / factors, "int8") for factors in tried]
+    errors, squares = np.zeros((len(tried), len(samples))), np.zeros(len(samples))
     for weight in weights:
+        step = -(-weight.num_rows // _MOST_ROWS)
         for chunk in _chunks(weight):
-            wide = np.abs(chunk * factors).astype(np.float64)
-            step = _grouped_columns(wide, group).max(axis=2)
-            total += activation * float(np.sum(wide**2)) + coarseness * float(np.sum(step**2 * size))
-    return total
+            rows = chunk[::step]
+            exact = samples.astype(np.float64) @ rows.T
+            squares += np.sum(exact**2, axis=1)
+            for x, factors, error in zip(inputs, tried, errors, strict=True):
+                error += np.sum((x @ _round(rows * factors, codes).T - exact) ** 2, axis=1)
+    shares = errors / np.maximum(squares + np.median(squares), np.finfo(np.float64).tiny)
+    mean: Doubles = shares.mean(axis=1)
+    return mean
 
 
-def _grouped_columns(x: NDArray[np.float64], group: int) -> NDArray[np.float64]:
-    """[rows, K] -> [rows, groups, columns], zeros behind the last; group 0: a row is one."""
-    group = group or x.shape[1]
-    return np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
+def _round(x: Floats, codes: str) -> Doubles:
+    """Rows as int8 gives them back, or where `codes` have groups as these do."""
+    group = int(codes.partition("g")[2] or 0)
+    if group:
+        rounded = dequantize_int4(*quantize_int4(x, group, not codes.startswith("u")), group)
+    else:
+        whole, scales = quantize_int8(x)
+        rounded = whole.astype(np.float32) * scales[:, None]
+    return rounded.astype(np.float64)
 
 
 def _chunks(weight: Weight) -> Iterator[Floats]:

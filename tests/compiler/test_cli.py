@@ -85,6 +85,10 @@ def test_weights_of_four_bits_have_the_groups_that_were_asked_for(
         ("--precision bf16 --zero-points", "--zero-points belongs to --precision int4"),
         ("--precision int4 --group-size 48", "'48' is not one of '32', '64', '128'"),
         ("--precision int4 --target cuda-sm90", "precision 'int4' is not there for cuda-sm90"),
+        (
+            "--kv-cache-dtype int4 --target cpu-avx2",
+            "KV cache dtype 'int4' is not there for cpu-avx2, which has auto, fp32, bf16, int8.\n",
+        ),
     ],
 )
 def test_groups_are_refused_where_there_are_none(options: str, message: str, checkpoint: Path, tmp_path: Path) -> None:

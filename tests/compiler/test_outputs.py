@@ -104,6 +104,13 @@ def test_a_name_too_long_for_the_disk_is_one_message(name: str, checkpoint: Path
         compile_to(checkpoint, tmp_path / "engine", save_graph=tmp_path / ("n" * 300))
 
 
+@pytest.mark.parametrize("name", ["engine", "engine/graph", "x/../engine/graph"])
+def test_a_graph_within_the_engine_is_refused(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"--save-graph .*: lies within the engine, .*Choose a directory beside it"):
+        compile_to(checkpoint, tmp_path / "engine", save_graph=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_build_that_another_is_making_is_left_to_it(checkpoint: Path, tmp_path: Path) -> None:
     with prepare(BuildRequest(str(checkpoint), tmp_path / "out", target="cpu-avx2")) as prepared:
 

@@ -56,7 +56,7 @@ def test_engines_hold_what_gptq_makes(
         with open_checkpoint(checkpoint) as opened:
             rows, columns = opened.tensors[moments_of].shape
             weight = Weight(opened, (Part(moments_of, (0, rows), (0, columns)),), vector=False)
-            moments = read_calibration(calibration, opened).moments(weight)
+            moments = read_calibration(calibration, opened).likely_moments(weight)
         return quantize_int4(source[tensor], 32, not zero_points, moments)[0]
 
     down = f"{PREFIX}.mlp.down_proj.weight"

@@ -223,9 +223,7 @@ def test_a_query_that_is_not_a_number_has_no_answer(isa: str, kernels: Any, dtyp
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("dtype", KV_DTYPES)
-def test_who_sees_a_key_that_is_not_a_number_has_no_answer(
-    isa: str, kernels: Any, dtype: str, softcap: float
-) -> None:
+def test_who_sees_a_key_that_is_not_a_number_has_no_answer(isa: str, kernels: Any, dtype: str, softcap: float) -> None:
     scene = Scene(kernels, dtype, [90], [40], softcap=softcap)
     clean = scene.run(isa)
     block, offset = divmod(70, scene.block_size)

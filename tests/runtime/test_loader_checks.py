@@ -208,6 +208,16 @@ def test_the_command_for_another_machine_keeps_what_was_chosen(engine: Path, tar
         check_target(open_engine(engine), ["avx2", "fma", "f16c", "bmi2"])
 
 
+def test_the_command_for_another_machine_has_all_that_changes_the_model(engine: Path) -> None:
+    layers = ("lm_head=int4", "*.0.*=int8")
+    changes: dict[str, Any] = {"precision": "int4", "kv_cache_dtype": "int8", "layer_precisions": layers}
+    change_manifest(engine, lambda m: replace(m, target="tpu-v9", calibration="0" * 64, **changes))
+    with pytest.raises(TargetError) as caught:
+        check_target(open_engine(engine), [])
+    wanted = "--precision int4 --tensor-parallel-size 2 --kv-cache-dtype int8 --layer-precision lm_head=int4 "
+    assert wanted + "--layer-precision '*.0.*=int8' --calibration FILE -o engine-cpu (and" in str(caught.value)
+
+
 def test_a_prefix_is_found_again_unless_switched_off(built_engine: Path) -> None:
     params = enginery.SamplingParams(temperature=0, max_tokens=2)
     prompt = list(range(3, 83))

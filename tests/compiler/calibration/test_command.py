@@ -41,10 +41,10 @@ def build(*arguments: object) -> Result:
 
 
 def test_tells_what_it_made_and_how_far_it_is(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    result = run(checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", 600)
+    result = run(checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", 1100)
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'c'}: 600 tokens, " in result.stdout
-    assert result.stderr.splitlines()[-1] == "calibrate: 100 % of 600 tokens"
+    assert f"{tmp_path / 'c'}: 1100 tokens, " in result.stdout
+    assert result.stderr.splitlines()[-1] == "calibrate: 100 % of 1,100 tokens"
 
 
 def test_is_a_command_of_enginery(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -64,17 +64,38 @@ def test_is_a_command_of_enginery(checkpoint: Path, text: Path, tmp_path: Path) 
 def test_what_cannot_be_is_refused_in_one_message(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "there").write_text("mine")
     short = run(checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", 5000)
-    assert "wanted 5000 tokens, got 2000. Give a longer text, or --tokens 2000." in short.stderr
+    assert "wanted 5000 tokens, got 2000. Give a longer text, or calibrate with 2000 tokens" in short.stderr
     taken = run(checkpoint, "--text", text, "-o", tmp_path / "there")
     assert "exists. Choose another file, or replace it with --force." in taken.stderr
     directory = run(checkpoint, "--text", text, "-o", tmp_path, "--force")
     assert "is a directory" in directory.stderr
     missing = run(tmp_path / "none", "--text", text, "-o", tmp_path / "c")
     assert "CheckpointError" in missing.stderr
-    assert {result.exit_code for result in (short, taken, directory, missing)} == {2}
+    other = run(checkpoint, "--text", text, "-o", tmp_path / "there", "--force")
+    assert "is no calibration file, so --force does not replace it" in other.stderr
+    for place in (tmp_path / "there" / "c", tmp_path / ("c" * 250)):  # told before the text is looked for
+        assert "cannot be written" in run(checkpoint, "--text", tmp_path / "none", "-o", place).stderr
+    assert {result.exit_code for result in (short, taken, directory, missing, other)} == {2}
     assert (tmp_path / "there").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    assert run(checkpoint, "--text", text, "-o", tmp_path / "there", "--force", "--tokens", 50).exit_code == 0
+
+
+def test_force_replaces_a_calibration_file(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    first = run(checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", 50)
+    assert (first.exit_code, "little text" in first.stderr) == (0, True)
+    second = run(checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", 1500, "--force")
+    assert (second.exit_code, "little text" in second.stderr) == (0, False)
+    assert f"{tmp_path / 'c'}: 1500 tokens" in second.stdout
+
+
+def test_what_came_meanwhile_is_not_replaced(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.Progress, "advance", lambda self, count: (tmp_path / "c").write_text("mine"))
+    result = run(checkpoint, "--text", text, "-o", tmp_path / "c", "--tokens", 100)
+    assert (result.exit_code, "exists" in result.stderr) == (2, True)
+    assert (tmp_path / "c").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(text: Path, tmp_path: Path) -> None:
@@ -142,6 +163,25 @@ def test_calibrating_while_building_is_the_same(checkpoint: Path, tmp_path: Path
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     taken = build(checkpoint, "-o", tmp_path / "b", *common, "--calibrate", tmp_path / "none")
     assert "exists" in taken.stderr  # told before the text is looked for
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--layer-precision", "foo=int4"), "foo"),
+        (("--kv-cache-dtype", "fp8"), "is not there for cpu-avx2"),
+        (("--tensor-parallel-size", "5"), "5"),
+        (("-o", "/proc/none/e"), "/proc/none/e: cannot be written"),
+    ],
+)
+def test_a_build_that_cannot_be_is_told_before_the_text_is_looked_for(
+    options: tuple[str, str], reason: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    common = ("--target", "cpu-avx2", "--calibrate", tmp_path / "none")
+    result = build(checkpoint, "-o", tmp_path / "e", *common, *options)
+    assert (result.exit_code, reason in result.stderr) == (2, True), result.stderr
+    assert "none: cannot be read" not in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_do_not_go_together_are_refused(checkpoint: Path, calibration: Path, text: Path) -> None:

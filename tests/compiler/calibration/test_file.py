@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,16 @@ def rewrite(path: Path, out: Path, change: Callable[[dict[str, Any], dict[str, s
         metadata = dict(file.metadata())
     change(tensors, metadata)
     save_file(tensors, out, metadata=metadata)
+    if "data" in metadata:
+        metadata["data"] = hashlib.sha256(data_of(out)).hexdigest()
+        save_file(tensors, out, metadata=metadata)
     return out
+
+
+def data_of(path: Path) -> bytes:
+    """What follows the header."""
+    whole = path.read_bytes()
+    return whole[8 + int.from_bytes(whole[:8], "little") :]
 
 
 def test_what_is_written_is_read(calibration: Path, opened: Checkpoint) -> None:
@@ -50,9 +60,12 @@ def test_what_is_written_is_read(calibration: Path, opened: Checkpoint) -> None:
     for name in (DOWN, "model.layers.1.self_attn.k_proj.weight"):
         first = name.replace("k_proj", "q_proj")
         np.testing.assert_array_equal(found.absmax(part_of(opened, name)), stored[f"{first}.absmax"])
-        np.testing.assert_array_equal(found.moments(part_of(opened, name)), stored[f"{first}.moments"])
-    diagonal = np.diagonal(stored[f"{DOWN}.moments"][0])[:72]
-    np.testing.assert_array_equal(found.mean_squares(part_of(opened, DOWN)), diagonal)
+        moments, wanted = found.moments(part_of(opened, name)), stored[f"{first}.moments"]
+        np.testing.assert_array_equal(moments, wanted)
+        likely, beside = found.likely_moments(part_of(opened, name)), ~np.eye(128, dtype=bool)
+        np.testing.assert_array_equal(np.einsum("bii->bi", likely), np.einsum("bii->bi", wanted))
+        np.testing.assert_allclose(likely[:, beside], wanted[:, beside] * (1000 / 1512), rtol=1e-6)
+        np.testing.assert_array_equal(found.samples(part_of(opened, name)), stored[f"{first}.samples"])
 
 
 def test_the_same_text_makes_the_same_bytes(checkpoint: Path, text: Path, calibration: Path, tmp_path: Path) -> None:
@@ -77,7 +90,8 @@ def test_a_rank_gets_the_moments_of_its_columns(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         from enginery.compiler.checkpoint.fingerprint import fingerprint
 
-        entry = Statistics([name], np.arange(384, dtype=np.float32), blocks)
+        samples = rng.standard_normal((3, 384)).astype(np.float32)
+        entry = Statistics([name], np.arange(384, dtype=np.float32), blocks, samples)
         write_calibration(tmp_path / "c", [entry], Origin(fingerprint(checkpoint), "", 1, 1))
         found = read_calibration(tmp_path / "c", checkpoint)
         for start, stop in ((0, 384), (128, 384), (96, 192), (192, 384), (100, 101)):
@@ -89,7 +103,7 @@ def test_a_rank_gets_the_moments_of_its_columns(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(block[: high - low, : high - low], dense[low:high, low:high])
                 assert not block[high - low :].any()
             np.testing.assert_array_equal(found.absmax(weight), np.arange(start, stop))
-            np.testing.assert_array_equal(found.mean_squares(weight), np.diagonal(dense)[start:stop])
+            np.testing.assert_array_equal(found.samples(weight), samples[:, start:stop])
 
 
 def test_moments_are_those_of_what_a_smoothed_weight_reads(calibration: Path, opened: Checkpoint) -> None:
@@ -129,7 +143,7 @@ def test_what_is_no_calibration_file_is_refused(
     refused(checkpoint / "model.safetensors", opened, "wanted a calibration file, got safetensors of the format 'pt'")
     refused(checkpoint / "config.json", opened, "no calibration file, or damaged")
     refused(tmp_path / "missing", opened, "no such file")
-    refused(tmp_path, opened, "no such file")
+    refused(tmp_path, opened, "not a file")
     data = calibration.read_bytes()
     for size in (0, 4, 100, len(data) - 1):
         (tmp_path / "cut").write_bytes(data[:size])
@@ -145,8 +159,21 @@ def set_inputs(metadata: dict[str, str], change: Callable[[dict[str, list[str]]]
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t, m: m.update(version="1"), "version 1; this release reads versions up to 0"),
+        (lambda t, m: m.update(version="0"), "version 0; this release reads version 1"),
+        (lambda t, m: m.update(version="9" * 5000), "version 99999999999999999999; this"),
         (lambda t, m: m.update(version="new"), "version new"),
+        (lambda t, m: m.update(tokens="many"), "'tokens' is damaged"),
+        (lambda t, m: m.update(tokens="9" * 5000), "'tokens' is damaged"),
+        (lambda t, m: m.pop("data"), "damaged: wanted data of sha256 None"),
+        (lambda t, m: t.pop(f"{DOWN}.samples"), r"samples: wanted F32 \[1, 72\], got nothing"),
+        (
+            lambda t, m: t.update({f"{DOWN}.samples": np.ones((65, 72), np.float32)}),
+            r"samples: wanted F32 \[64, 72\], got F32 \[65, 72\]",
+        ),
+        (
+            lambda t, m: t.update({f"{DOWN}.samples": np.ones(72, np.float32)}),
+            r"samples: wanted F32 \[64, 72\], got F32 \[72\]",
+        ),
         (lambda t, m: m.update(inputs="[]"), "'inputs' is damaged"),
         (lambda t, m: m.update(inputs="{"), "'inputs' is damaged"),
         (lambda t, m: m.pop("inputs"), "'inputs' is damaged"),
@@ -172,7 +199,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(calibration: Path, opened: Checkp
         found.require([part_of(opened, DOWN)])
 
 
-@pytest.mark.parametrize("kind", ["absmax", "moments"])
+@pytest.mark.parametrize("kind", ["absmax", "moments", "samples"])
 def test_numbers_that_are_none_are_refused(kind: str, calibration: Path, opened: Checkpoint, tmp_path: Path) -> None:
     def damage(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
         tensors[f"{DOWN}.{kind}"] = np.full_like(tensors[f"{DOWN}.{kind}"], np.nan)
@@ -182,9 +209,10 @@ def test_numbers_that_are_none_are_refused(kind: str, calibration: Path, opened:
         getattr(found, kind)(part_of(opened, DOWN))
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "c", tmp_path):
-        with pytest.raises(CompileError, match="cannot be written"):
-            write_calibration(path, [], Origin("", "", 1, 1))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_bit_that_has_changed_is_found(place: float, calibration: Path, opened: Checkpoint, tmp_path: Path) -> None:
+    data = bytearray(calibration.read_bytes())
+    start = len(data) - len(data_of(calibration))
+    data[start + int(place * (len(data) - start - 1))] ^= 4
+    (tmp_path / "c").write_bytes(data)
+    refused(tmp_path / "c", opened, "damaged: wanted data of sha256")

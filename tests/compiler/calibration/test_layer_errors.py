@@ -21,9 +21,10 @@ from enginery.compiler.graph.builder import weight_of
 from enginery.compiler.graph.rewrite import input_of
 from enginery.compiler.models import read_config
 from enginery.compiler.passes.layer_precision import product_of
-from enginery.engines.errors import CompileError
+from enginery.engines.errors import CheckpointError, CompileError
 from safetensors.numpy import load_file, save_file
 
+from ...tiny import make_checkpoint
 from ..building import compile_to
 
 
@@ -136,3 +137,15 @@ def test_another_checkpoints_calibration_is_refused(checkpoint: Path, calibratio
 def replace_first(weight: np.ndarray) -> np.ndarray:
     weight[0] += 1
     return weight
+
+
+def test_a_weight_that_is_not_finite_is_told(tmp_path: Path, text: Path) -> None:
+    """Though the calibration knows nothing of it: a row of the embedding, which is the head's too."""
+    make_checkpoint("llama-tied-llama3", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in load_file(path).items()}
+    tensors["model.embed_tokens.weight"][2] = np.inf
+    save_file(tensors, path, metadata={"format": "pt"})
+    known = calibrate(CalibrationRequest(str(tmp_path), text, tmp_path / "c", 500))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight holds what is no finite number"):
+        layer_errors(str(tmp_path), known)
