@@ -38,7 +38,7 @@ _CHUNK_ELEMENTS = 1 << 20
 # The error that factors must leave at most, of that without them: other texts gain less than the samples.
 _WORTH_IT = 0.8
 # Of a weight, on which factors are tried.
-_MOST_ROWS = 2048
+_MOST_ROWS = 256
 
 
 def smooth(g: GraphBuilder, options: Options) -> None:
