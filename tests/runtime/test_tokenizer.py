@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,11 @@ def test_nothing_is_known_of_texts_whose_unknown_parts_fuse() -> None:
     tokenizer = Tokenizer(rust)
     assert tokenizer.encode("b" * 1000) == [0]
     assert tokenizer.fewest_tokens("b" * 1000) == 0
+
+
+def test_one_that_nobody_uses_is_freed(byte_level: Tokenizer) -> None:
+    """Only what lives at the end of the process is left to the system."""
+    tokenizer = Tokenizer(byte_level._rust)
+    alive = weakref.ref(tokenizer)
+    del tokenizer
+    assert alive() is None
