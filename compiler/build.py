@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..engines.errors import CompileError
@@ -121,13 +121,11 @@ class Prepared:
 
 def check_request(request: BuildRequest) -> None:
     """Raises what `prepare` and `build` would, but for weights, for a request that a calibration will be added to."""
-    target = find_target(request.target)
-    precision = request.find_precision(target)
-    parse_layers(request.layer_precisions, precision, target)
-    _require_calibrated(precision)
     assert request.output is not None
-    with _place_of(request.output, request.force), prepare(replace(request, save_graph=None)):
-        pass
+    with prepare(request):
+        _require_calibrated(request.find_precision(find_target(request.target)))
+        with _place_of(request.output, request.force):
+            pass
 
 
 def _require_apart(save_graph: Path | None, output: Path | None) -> None:

@@ -142,7 +142,7 @@ def _cut(blocks: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float
 
 
 def is_calibration(path: Path) -> bool:
-    """True for a file of this format, whatever its version and state."""
+    """True for a file of this format, of any version; one that is truncated is none."""
     try:
         return path.is_file() and not path.is_symlink() and read_header(path)[0].get("format") == FORMAT
     except (OSError, CheckpointError):

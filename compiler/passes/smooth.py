@@ -103,9 +103,10 @@ def _choose(calibration: Calibration, codes: str, weights: Sequence[Weight]) -> 
     # Those that move only what stands out, too: groups of four bits suffer from what moves within them.
     exponents += [np.where(np.abs(each) < _LEAST_BITS, 0, each) for each in exponents]
     tried = [np.ldexp(np.float32(1), each) for each in (np.zeros(len(absmax), np.int32), *exponents)]
-    errors = _errors(weights, tried, calibration.samples(weights[0]), codes)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is no number, and chosen by nobody
+        errors = _errors(weights, tried, calibration.samples(weights[0]), codes)
     errors[0] *= _WORTH_IT
-    best: Floats = tried[int(np.argmin(errors))]
+    best: Floats = tried[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
     return best
 
 

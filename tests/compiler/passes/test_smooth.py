@@ -14,6 +14,7 @@ import pytest
 from enginery.compiler.calibration.calibrate import CalibrationRequest, calibrate
 from enginery.compiler.calibration.file import read_calibration
 from enginery.compiler.checkpoint.tensors import open_checkpoint
+from enginery.compiler.checkpoint.weights import Part, Weight
 from enginery.compiler.graph.builder import GraphBuilder, weight_of
 from enginery.compiler.graph.evaluate import evaluate, evaluate_ranks, whole_prompt_inputs
 from enginery.compiler.graph.rewrite import input_of, is_ours
@@ -132,6 +133,22 @@ def test_outliers_of_some_tokens_alone_are_not_made_worse(size: float, tmp_path:
     usual = np.abs(plain_graph(tmp_path, INT8) - exact).mean()
     with graphs(tmp_path, tmp_path, INT8) as (g,):
         assert np.abs(run(g) - exact).mean() < 1.1 * usual
+
+
+def test_factors_that_overflow_are_not_taken(tmp_path: Path) -> None:
+    class Known:
+        def absmax(self, weight: Weight) -> Any:
+            return np.array([1, 1, 2**20, 1], np.float32)
+
+        def samples(self, weight: Weight) -> Any:
+            return np.array([[1, 1, 2**20, 1], [0, 1, 0, 1]], np.float32)
+
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": np.full((8, 4), 1e38, np.float32)}, tmp_path / "model.safetensors")
+    choose: Any = importlib.import_module("enginery.compiler.passes.smooth")._choose
+    with open_checkpoint(tmp_path) as checkpoint:
+        weight = Weight(checkpoint, (Part("w", (0, 8), (0, 4)),), vector=False)
+        assert list(choose(Known(), "int8", [weight])) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3_text"])
